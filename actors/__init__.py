@@ -1,0 +1,1 @@
+"""Thin Ray actors: a clock, sockets and delegation to the engine."""

@@ -1,0 +1,1 @@
+"""The composition root: settings, launch, gateway, client and command line."""

@@ -1,0 +1,117 @@
+"""What the gateway needs of a running deployment, as a protocol.
+
+The dispatcher over real lanes implements it (`cluster.dispatch`); a fake one serves in unit tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from actors.engine.requests import Request, RequestOutput
+
+
+class Unavailable(RuntimeError):
+    """The deployment cannot take the request now; retry after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message, retry_after_s)
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class Overloaded(Unavailable):
+    """Every lane's queue is full."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """The served checkpoint, as clients see it."""
+
+    name: str
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    max_model_tokens: int
+    eos_token_ids: tuple[int, ...]
+    num_parameters: int
+    dtype: str
+    created_unix_s: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageStatus:
+    """One stage: where it is, whether it serves, and what it has done since it was placed."""
+
+    index: int
+    device: str
+    node: str
+    first_layer: int
+    end_layer: int
+    active: bool
+    loaded_fraction: float = 0.0
+    busy_s: float = 0.0
+    steps: int = 0
+    late_s: float = 0.0
+    """Paced devices only: seconds by which the real work outlasted the declared time."""
+    link_bytes: int = 0
+    """Bytes this stage sent on (to the next stage, or to the lanes)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneStatus:
+    """One lane: its queue and its KV blocks."""
+
+    index: int
+    running: int = 0
+    waiting: int = 0
+    blocks_in_use: int = 0
+    """Blocks held by live sequences (cached but unreferenced blocks are not in use)."""
+    num_blocks: int = 0
+    preemptions: int = 0
+    prefix_hit_tokens: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeploymentStatus:
+    """A snapshot of everything."""
+
+    ready: bool
+    reason: str = ""
+    """Why it is not ready, fit for a client to read."""
+    progress: float = 0.0
+    """Share of the stages' weights loaded, 0 to 1."""
+    epoch: int = 0
+    stages: tuple[StageStatus, ...] = ()
+    lanes: tuple[LaneStatus, ...] = ()
+    link_bytes: dict[str, int] = field(default_factory=dict)
+    """Bytes sent over each link, keyed "from->to" with device (or lane) names."""
+
+
+class Backend(Protocol):
+    """A deployment behind the gateway."""
+
+    def model_info(self) -> ModelInfo: ...
+
+    def plan_json(self) -> dict[str, object]:
+        """The plan in force, as plain JSON values (see `placement.stages`)."""
+        ...
+
+    async def status(self) -> DeploymentStatus: ...
+
+    def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Admit the request and stream its outputs until every choice has finished.
+
+        Closing the iterator early (or cancelling the task) aborts the request and frees its
+        blocks. Raises `RequestError` for a request that can never be served, `Overloaded` or
+        `Unavailable` when it cannot be taken now; all before the first output.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> bool:
+        """End a request in flight; its stream closes with finish_reason "abort". False: unknown."""
+        ...

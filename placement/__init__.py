@@ -1,0 +1,1 @@
+"""Pure decisions: costs and planners. Values in, plans out."""

@@ -1,0 +1,1 @@
+"""Protocol sources and their committed stubs."""
