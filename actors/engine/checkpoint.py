@@ -1,0 +1,370 @@
+"""What a Hugging Face checkpoint holds and which of its tensors a slice of layers owns.
+
+Owns the index: configuration, tensor names, shapes, shards. Reads headers only (no torch), so
+planning needs neither a GPU nor memory; `actors.engine.slice` reads the tensors themselves.
+Refuses what cannot be served before anything is loaded: a missing or truncated shard, a
+quantised checkpoint, an architecture outside the verified list.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+from placement.workload import LayerCost, ModelProfile
+
+VERIFIED_MODEL_TYPES = (
+    "gpt_oss",
+    "llama",
+    "mistral",
+    "mixtral",
+    "olmoe",
+    "qwen2",
+    "qwen3",
+    "qwen3_moe",
+)
+"""Architectures whose tokens the tests compare with transformers' own."""
+
+# Their rotary frequencies depend on the longest sequence of a batch, so a packed batch would
+# change the tokens of its members.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(gate_proj|up_proj|down_proj|w1|w2|w3)\.weight$")
+_EXPERT_PART: Mapping[str, tuple[str, Literal["gate", "up", "all"]]] = {
+    "gate_proj": ("gate_up_proj", "gate"),
+    "w1": ("gate_up_proj", "gate"),
+    "up_proj": ("gate_up_proj", "up"),
+    "w3": ("gate_up_proj", "up"),
+    "down_proj": ("down_proj", "all"),
+    "w2": ("down_proj", "all"),
+}
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm."
+HEAD = "lm_head.weight"
+
+
+class CheckpointError(RuntimeError):
+    """The checkpoint cannot be read or served; the message names the file and the knob."""
+
+
+class UnsupportedArchitectureError(CheckpointError):
+    """The architecture does not plug into both transformers interfaces."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TensorInfo:
+    """One stored tensor and the module parameter (or the part of it) that it fills.
+
+    Per-expert layouts store a fused parameter in pieces: `expert` is the piece's row and `part`
+    the half of the gate-up matrix.
+    """
+
+    stored_name: str
+    file: Path
+    shape: tuple[int, ...]
+    num_bytes: int
+    parameter: str
+    expert: int | None = None
+    part: Literal["gate", "up", "all"] = "all"
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def layer(self) -> int | None:
+        match = _LAYER.match(self.parameter)
+        return int(match.group(1)) if match else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """An opened checkpoint: its configuration and the index of its tensors."""
+
+    path: Path
+    config: Mapping[str, Any]
+    tensors: tuple[TensorInfo, ...]
+
+    @classmethod
+    def open(cls, model: str, *, allow_unverified: bool = False) -> Checkpoint:
+        """Open a local directory, or a hub id (fetched into the Hugging Face cache).
+
+        Raises:
+            CheckpointError: Not found, unreadable, incomplete, or not servable.
+        """
+        path = locate(model)
+        config = _read_config(path)
+        check_servable(config, allow_unverified=allow_unverified)
+        tensors = tuple(
+            tensor for file in _shards(path) for tensor in _read_header(file, _expected(path, file))
+        )
+        checkpoint = cls(path=path, config=config, tensors=tensors)
+        checkpoint._check_complete()
+        return checkpoint
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config["vocab_size"])
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config["model_type"])
+
+    @property
+    def architecture(self) -> str:
+        return str((self.config.get("architectures") or [self.model_type])[0])
+
+    @property
+    def max_model_tokens(self) -> int:
+        return int(self.config.get("max_position_embeddings", 2048))
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(tensor.numel for tensor in self.tensors)
+
+    @property
+    def has_own_head(self) -> bool:
+        return any(tensor.parameter == HEAD for tensor in self.tensors)
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """End-of-sequence ids, from generation_config.json first (as `generate` does)."""
+        generation = self.path / "generation_config.json"
+        values = _read_json(generation) if generation.exists() else {}
+        eos = values.get("eos_token_id", self.config.get("eos_token_id"))
+        if eos is None:
+            return ()
+        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+
+    def owned(self, first_layer: int, end_layer: int) -> list[TensorInfo]:
+        """Return the tensors that a stage with layers [first_layer, end_layer) reads.
+
+        The first stage also owns the embedding; the last one the final norm and the head (with
+        tied weights, a second copy of the embedding).
+        """
+        is_last = end_layer == self.num_layers
+        head = HEAD if self.has_own_head else EMBEDDING
+
+        def owns(tensor: TensorInfo) -> bool:
+            if (layer := tensor.layer) is not None:
+                return first_layer <= layer < end_layer
+            if tensor.parameter == EMBEDDING and first_layer == 0:
+                return True
+            return is_last and (tensor.parameter.startswith(FINAL_NORM) or tensor.parameter == head)
+
+        return [tensor for tensor in self.tensors if owns(tensor)]
+
+    def profile(self, *, dtype_bytes: int) -> ModelProfile:
+        """Return what each layer costs when held in a type of `dtype_bytes` bytes."""
+        hidden = int(self.config["hidden_size"])
+        vocab_bytes = self.vocab_size * hidden * dtype_bytes
+        embedding = LayerCost(flops_per_token=0, weight_bytes=vocab_bytes, kv_bytes_per_token=0)
+        head = LayerCost(
+            flops_per_token=2 * self.vocab_size * hidden,
+            weight_bytes=vocab_bytes + hidden * dtype_bytes,
+            kv_bytes_per_token=0,
+        )
+        by_layer: dict[int, list[TensorInfo]] = {index: [] for index in range(self.num_layers)}
+        for tensor in self.tensors:
+            if tensor.layer is not None:
+                by_layer[tensor.layer].append(tensor)
+        return ModelProfile(
+            name=self.path.name,
+            embedding=embedding,
+            layers=tuple(self._layer_cost(by_layer[i], dtype_bytes) for i in range(self.num_layers)),
+            head=head,
+            hidden_bytes_per_token=hidden * dtype_bytes,
+        )
+
+    def _layer_cost(self, tensors: list[TensorInfo], dtype_bytes: int) -> LayerCost:
+        routed = [t for t in tensors if ".experts." in t.parameter]
+        routed_numel = sum(t.numel for t in routed)
+        dense_numel = sum(t.numel for t in tensors) - routed_numel
+        num_experts, per_token = self._experts() if routed else (0, 0)
+        active_numel = dense_numel + (routed_numel * per_token // num_experts if routed else 0)
+        rows = {t.parameter.rsplit(".self_attn.", 1)[-1]: t.shape[0] for t in tensors if t.shape}
+        return LayerCost(
+            flops_per_token=2 * active_numel,
+            weight_bytes=(dense_numel + routed_numel) * dtype_bytes,
+            kv_bytes_per_token=2 * rows["k_proj.weight"] * dtype_bytes,
+            attention_flops_per_context_token=4 * rows["q_proj.weight"],
+            routed_bytes=routed_numel * dtype_bytes,
+            num_experts=num_experts,
+            experts_per_token=per_token,
+        )
+
+    def _experts(self) -> tuple[int, int]:
+        for name in ("num_experts", "num_local_experts"):
+            if name in self.config:
+                return int(self.config[name]), int(self.config["num_experts_per_tok"])
+        raise CheckpointError(f"{self.path}: has expert tensors but config.json no num_experts")
+
+    def _check_complete(self) -> None:
+        present = {tensor.layer for tensor in self.tensors}
+        missing = [i for i in range(self.num_layers) if i not in present]
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: no tensors for layers {missing} of {self.num_layers}; "
+                "fetch the checkpoint again, a shard is missing"
+            )
+        names = {tensor.parameter for tensor in self.tensors}
+        for name in (EMBEDDING, FINAL_NORM + "weight"):
+            if name not in names:
+                raise CheckpointError(f"{self.path}: no tensor {name!r}; a shard is missing")
+        if not self.has_own_head and not self.config.get("tie_word_embeddings", False):
+            raise CheckpointError(
+                f"{self.path}: no tensor {HEAD!r} and tie_word_embeddings is not true in config.json"
+            )
+
+
+def locate(model: str) -> Path:
+    """Return the directory of a checkpoint: a local path first, else a hub id."""
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") != 1:
+        raise CheckpointError(
+            f"model {model!r} is neither a directory nor a hub id (owner/name); set `model` to a "
+            "folder that holds config.json and *.safetensors"
+        )
+    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub ids pay its import
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise CheckpointError(f"hub id {model!r} could not be fetched: {error}") from error
+
+
+def check_servable(config: Mapping[str, Any], *, allow_unverified: bool = False) -> None:
+    """Refuse a configuration that Motley cannot serve faithfully.
+
+    Raises:
+        UnsupportedArchitectureError: The architecture is outside the verified list.
+        CheckpointError: It is quantised, or its rotary embedding depends on the batch.
+    """
+    model_type = config.get("model_type")
+    works = ", ".join(VERIFIED_MODEL_TYPES)
+    if model_type not in VERIFIED_MODEL_TYPES and not allow_unverified:
+        raise UnsupportedArchitectureError(
+            f"architecture {model_type!r} is not served: it is not known to use both "
+            f"transformers interfaces (attention and experts). These are: {works}. "
+            "Set engine.allow_unverified_architectures to try one that does"
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "unknown")
+        raise CheckpointError(
+            f"the checkpoint is quantised ({method}); save it in bfloat16 or float32 first"
+        )
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type in _BATCH_DEPENDENT_ROPE:
+        raise UnsupportedArchitectureError(
+            f"rope_type {rope_type!r} changes a token's rotation with the longest sequence of its "
+            "batch, so batched tokens would differ; set rope_type to default, linear, yarn or llama3"
+        )
+
+
+def module_parameter(stored_name: str) -> tuple[str, int | None, Literal["gate", "up", "all"]]:
+    """Map a stored tensor's name to (module parameter, expert, part).
+
+    Covers both layouts that transformers reads: fused experts under their own names, and one
+    tensor an expert (Qwen-MoE and OLMoE names, Mixtral's w1, w2, w3).
+    """
+    name = stored_name.replace(".block_sparse_moe.", ".mlp.")
+    if not name.startswith(("model.", "lm_head.")):
+        name = "model." + name
+    match = _EXPERT.match(name)
+    if match is None:
+        return name, None, "all"
+    parameter, part = _EXPERT_PART[match.group(3)]
+    return f"{match.group(1)}.{parameter}", int(match.group(2)), part
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds {type(value).__name__}, not an object")
+    return value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.exists():
+        raise CheckpointError(f"{path}: no config.json; is this a Hugging Face checkpoint?")
+    config = _read_json(file)
+    for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
+        if name not in config:
+            raise CheckpointError(f"{file}: no {name!r}")
+    return config
+
+
+def _shards(path: Path) -> list[Path]:
+    """Return the checkpoint's files; each one that the index names must exist."""
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        missing = [name for name in names if not (path / name).exists()]
+        if missing:
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; "
+                "fetch the checkpoint again"
+            )
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{path}: no *.safetensors; convert the checkpoint to safetensors")
+    return files
+
+
+def _expected(path: Path, file: Path) -> set[str] | None:
+    index = path / "model.safetensors.index.json"
+    if not index.exists():
+        return None
+    return {name for name, shard in _read_json(index)["weight_map"].items() if shard == file.name}
+
+
+def _read_header(file: Path, expected: set[str] | None) -> Iterator[TensorInfo]:
+    """Yield the tensors of one shard; the library checks that the file covers its header."""
+    try:
+        with safe_open(file, framework="np", backend="pread") as handle:
+            names = set(handle.keys())
+            shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in names}
+            dtypes = {name: handle.get_slice(name).get_dtype() for name in names}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({file.stat().st_size} bytes, {error}); the shard is "
+            "truncated or damaged, fetch it again"
+        ) from error
+    if expected is not None and expected - names:
+        raise CheckpointError(f"{file}: the index names {sorted(expected - names)[0]!r}, not in it")
+    for name in sorted(names):
+        parameter, expert, part = module_parameter(name)
+        yield TensorInfo(
+            stored_name=name,
+            file=file,
+            shape=shapes[name],
+            num_bytes=math.prod(shapes[name]) * _DTYPE_BYTES.get(dtypes[name], 0),
+            parameter=parameter,
+            expert=expert,
+            part=part,
+        )
+
+
+_DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

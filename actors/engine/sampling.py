@@ -1,0 +1,130 @@
+"""Drawing tokens from logits: counter-based, so a draw depends on (seed, position) alone.
+
+One uniform number per (seed, position) comes from Philox, and the token is read off the inverse
+of the cumulative distribution in vocabulary order. So the same request gives the same tokens
+whatever its batch, lane, stage cut or preemptions; only float rounding could part two runs.
+
+Shapes: D draws (rows of logits), V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from actors.engine.batch import Draw
+from actors.engine.requests import TokenLogprob
+
+
+def uniform(seed: int, position: int) -> float:
+    """Return a number in [0, 1) that depends on `seed` and `position` alone (Philox 4x64)."""
+    bits = np.random.Philox(key=seed, counter=position)
+    return float(np.random.Generator(bits).random())
+
+
+def sample(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    """Draw one token a row. Order: penalties, bans, temperature, top-k, top-p, min-p, draw."""
+    if all(_is_plain(draw) for draw in draws):
+        return logits_DV.argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+    logits_DV = logits_DV.float()
+    tokens = [0] * len(draws)
+    shaped = logits_DV.clone()
+    for i, draw in enumerate(draws):
+        if draw.history:
+            _penalise(shaped[i], draw)
+        if draw.banned:
+            shaped[i, list(draw.banned)] = -torch.inf
+    greedy = [i for i, draw in enumerate(draws) if draw.is_greedy]
+    random = [i for i, draw in enumerate(draws) if not draw.is_greedy]
+    if greedy:
+        for i, token in zip(greedy, shaped[greedy].argmax(dim=-1).tolist(), strict=True):
+            tokens[i] = token
+    if random:
+        chosen = _draw_rows(shaped[random], [draws[i] for i in random])
+        for i, token in zip(random, chosen, strict=True):
+            tokens[i] = token
+    return tokens
+
+
+def logprobs(
+    logits_DV: torch.Tensor, tokens: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprob | None]:
+    """Log-probabilities of `tokens` and the best alternatives (num_top < 0: none wanted).
+
+    Taken from the unmodified distribution, before penalties, temperature and truncation.
+    """
+    wanted = [i for i, k in enumerate(num_top) if k >= 0]
+    result: list[TokenLogprob | None] = [None] * len(tokens)
+    if not wanted:
+        return result
+    logprobs_DV = logits_DV[wanted].float().log_softmax(dim=-1)
+    chosen = logprobs_DV.gather(1, torch.tensor([[tokens[i]] for i in wanted]).to(logits_DV.device))
+    most = max(num_top[i] for i in wanted)
+    top = logprobs_DV.topk(min(most, logprobs_DV.shape[-1]), dim=-1)
+    values, ids = top.values.tolist(), top.indices.tolist()
+    for row, i in enumerate(wanted):
+        k = num_top[i]
+        pairs = tuple(zip(ids[row][:k], values[row][:k], strict=True))
+        result[i] = TokenLogprob(tokens[i], float(chosen[row, 0]), pairs)
+    return result
+
+
+def _is_plain(draw: Draw) -> bool:
+    return draw.is_greedy and not draw.history and not draw.banned
+
+
+def _penalise(logits_V: torch.Tensor, draw: Draw) -> None:
+    """Apply penalties in place: repetition over all tokens, the others over the output."""
+    history = torch.tensor(draw.history, device=logits_V.device)
+    if draw.repetition_penalty != 1.0:
+        seen = history.unique()
+        values = logits_V[seen]
+        penalty = draw.repetition_penalty
+        logits_V[seen] = torch.where(values < 0, values * penalty, values / penalty)
+    output = history[draw.num_prompt :]
+    if len(output) and (draw.presence_penalty or draw.frequency_penalty):
+        ids, counts = output.unique(return_counts=True)
+        logits_V[ids] -= draw.presence_penalty + draw.frequency_penalty * counts.to(logits_V.dtype)
+
+
+def _draw_rows(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
+    device = logits_DV.device
+    temperature = torch.tensor([draw.temperature for draw in draws], device=device)
+    # Shifting by the maximum first keeps a tiny temperature finite.
+    shifted = logits_DV - logits_DV.max(dim=-1, keepdim=True).values
+    probs_DV = (shifted / temperature[:, None]).softmax(dim=-1)
+    truncated = [i for i, d in enumerate(draws) if d.top_k or d.top_p < 1.0 or d.min_p > 0.0]
+    if truncated:
+        probs_DV[truncated] = _truncate(probs_DV[truncated], [draws[i] for i in truncated])
+    # float64, so that the last cumulative sums of a large vocabulary stay distinct.
+    cumulative_DV = probs_DV.double().cumsum(dim=-1)
+    uniforms = torch.tensor([[uniform(d.seed, d.position)] for d in draws], dtype=torch.float64)
+    targets = uniforms.to(device) * cumulative_DV[:, -1:]
+    index = torch.searchsorted(cumulative_DV, targets, right=True)
+    # Rounding may put a target on the total itself: take the last token that has any mass.
+    mass = (probs_DV > 0).long() * torch.arange(1, probs_DV.shape[1] + 1, device=device)
+    last = mass.max(dim=-1, keepdim=True).values - 1
+    return torch.minimum(index, last)[:, 0].tolist()  # type: ignore[no-any-return]
+
+
+def _truncate(probs_DV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Zero what top-k, then top-p, then min-p leave out (each on the rest of the one before).
+
+    As in transformers' warpers: top-p keeps the smallest set whose mass reaches p, the token that
+    crosses it included; min-p keeps what has at least min_p times the best token's probability.
+    """
+    device = probs_DV.device
+    vocabulary = probs_DV.shape[-1]
+    sorted_DV, ids_DV = probs_DV.sort(dim=-1, descending=True, stable=True)
+    k = torch.tensor([[d.top_k or vocabulary] for d in draws], device=device)
+    keep = torch.arange(vocabulary, device=device)[None] < k
+    kept_DV = sorted_DV * keep
+    kept_DV = kept_DV / kept_DV.sum(dim=-1, keepdim=True)
+    p = torch.tensor([[d.top_p] for d in draws], device=device)
+    before = kept_DV.cumsum(dim=-1) - kept_DV
+    keep &= (before < p) | (p >= 1.0)
+    least = torch.tensor([[d.min_p] for d in draws], device=device)
+    keep &= kept_DV >= least * kept_DV[:, :1]
+    return torch.zeros_like(probs_DV).scatter(1, ids_DV, sorted_DV * keep)

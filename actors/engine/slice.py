@@ -1,0 +1,274 @@
+"""Layers [first, end) of any supported Hugging Face decoder, and one step of them.
+
+The architecture is built whole on the `meta` device (which costs no memory), all but the slice is
+dropped, and only the slice's own tensors are read. transformers' layer modules do the work; this
+file calls them in order over packed rows, with `motley_paged` attention and `motley_experts`.
+Knows neither Ray nor sockets: it runs in a plain process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors.engine import sampling
+from actors.engine.attention import ATTENTION_NAME, KVCache, PagedRows
+from actors.engine.batch import StepBatch, StepResult
+from actors.engine.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    UnsupportedArchitectureError,
+)
+from actors.engine.config import EngineConfig
+from actors.engine.experts import EXPERTS_NAME
+from actors.engine.requests import TokenLogprob
+
+Progress = Callable[[float], None]
+"""Told the share of the slice's bytes that has been read, 0 to 1."""
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the torch type of a settings word; auto is float32 on a CPU, bfloat16 on CUDA."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+class StageSlice:
+    """A contiguous slice of a checkpoint's layers with its KV cache.
+
+    `bytes_read` counts the tensor bytes taken from disk: the slice's own and no others.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        first_layer: int,
+        end_layer: int,
+        *,
+        config: EngineConfig,
+        num_kv_blocks: int,
+        device: str = "cpu",
+        on_progress: Progress | None = None,
+    ) -> None:
+        if not 0 <= first_layer < end_layer <= checkpoint.num_layers:
+            raise ValueError(
+                f"layers [{first_layer}, {end_layer}) are not within the checkpoint's "
+                f"[0, {checkpoint.num_layers})"
+            )
+        self.first_layer = first_layer
+        self.end_layer = end_layer
+        self.is_first = first_layer == 0
+        self.is_last = end_layer == checkpoint.num_layers
+        self.device = torch.device(device)
+        self.dtype = resolve_dtype(config.dtype, self.device)
+        model = _skeleton(checkpoint, self.dtype)
+        decoder = model.model
+        self.layers = [decoder.layers[i] for i in range(first_layer, end_layer)]
+        # Buffers (inverse frequencies) are computed, not stored, so they are built for real.
+        self.rotary = type(decoder.rotary_emb)(config=model.config).to(self.device)
+        self.embedding = decoder.embed_tokens if self.is_first else None
+        self.norm = decoder.norm if self.is_last else None
+        self.head = model.lm_head if self.is_last else None
+        self.bytes_read = self._load(checkpoint, on_progress or (lambda _: None))
+        attention = self.layers[0].self_attn
+        self.kv = KVCache(
+            range(first_layer, end_layer),
+            num_blocks=num_kv_blocks,
+            block_tokens=config.kv_block_tokens,
+            num_kv_heads=attention.k_proj.out_features // attention.head_dim,
+            head_dim=attention.head_dim,
+            dtype=self.dtype,
+            device=self.device,
+        )
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(
+            parameter.numel() * parameter.element_size()
+            for module in self._modules().values()
+            for parameter in module.parameters()
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: StepBatch, hidden_TH: torch.Tensor | None = None
+    ) -> torch.Tensor | StepResult:
+        """Run one step: hidden rows (T, H) for the next stage, or the last stage's result.
+
+        The first stage takes token ids from the batch, the others `hidden_TH`.
+        """
+        self.kv.copy_blocks(batch.copies)
+        paged = PagedRows.build(batch.rows, self.kv, self.device)
+        hidden = self._enter(batch, hidden_TH)
+        position_ids = paged.positions_T[None]
+        position_embeddings = self.rotary(hidden, position_ids)
+        for layer in self.layers:
+            hidden = layer(
+                hidden,
+                attention_mask=None,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+                paged=paged,
+            )
+        if not self.is_last:
+            return hidden[0]
+        return self._finish(batch, hidden[0])
+
+    def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
+        """Final norm and head over rows (T, H): (T, V). Last stage only."""
+        assert self.norm is not None
+        assert self.head is not None
+        logits: torch.Tensor = self.head(self.norm(hidden_TH))
+        return logits
+
+    def _enter(self, batch: StepBatch, hidden_TH: torch.Tensor | None) -> torch.Tensor:
+        if self.embedding is not None:
+            tokens = torch.tensor(batch.tokens, device=self.device)
+            hidden: torch.Tensor = self.embedding(tokens)[None]
+            return hidden
+        if hidden_TH is None or hidden_TH.shape[0] != batch.num_tokens:
+            rows = None if hidden_TH is None else hidden_TH.shape[0]
+            raise ValueError(f"step {batch.step}: {rows} hidden rows for {batch.num_tokens} tokens")
+        return hidden_TH.to(self.device, self.dtype)[None]
+
+    def _finish(self, batch: StepBatch, hidden_TH: torch.Tensor) -> StepResult:
+        """Score prompts, then draw one token a drawing sequence."""
+        starts = [0]
+        for rows in batch.rows:
+            starts.append(starts[-1] + rows.count)
+        scored = [
+            self._score(hidden_TH[starts[i] : starts[i] + len(targets)], targets, k)
+            for (i, k), targets in zip(batch.prompt_logprobs, batch.targets, strict=True)
+        ]
+        if not batch.drawn:
+            return StepResult([], [], scored)
+        logits = self.logits(hidden_TH[[starts[i + 1] - 1 for i in batch.drawn]])
+        tokens = sampling.sample(logits, batch.draws)
+        entries: list[TokenLogprob | None] = []
+        if any(draw.logprobs >= 0 for draw in batch.draws):
+            entries = sampling.logprobs(logits, tokens, [draw.logprobs for draw in batch.draws])
+        return StepResult(tokens, entries, scored)
+
+    def _score(self, hidden_TH: torch.Tensor, targets: list[int], k: int) -> list[TokenLogprob]:
+        entries = sampling.logprobs(self.logits(hidden_TH), targets, [k] * len(targets))
+        return [entry for entry in entries if entry is not None]
+
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        modules: dict[str, torch.nn.Module] = {
+            f"model.layers.{i}": layer
+            for i, layer in enumerate(self.layers, start=self.first_layer)
+        }
+        named = {"model.embed_tokens": self.embedding, "model.norm": self.norm, "lm_head": self.head}
+        return modules | {name: module for name, module in named.items() if module is not None}
+
+    def _load(self, checkpoint: Checkpoint, on_progress: Progress) -> int:
+        """Materialise the slice's parameters from its own tensors; returns the bytes read."""
+        for module in self._modules().values():
+            module.to_empty(device=self.device)
+            module.requires_grad_(False)
+        pending = {
+            f"{prefix}.{name}": parameter
+            for prefix, module in self._modules().items()
+            for name, parameter in module.named_parameters()
+        }
+        owned = checkpoint.owned(self.first_layer, self.end_layer)
+        filled: dict[str, int] = dict.fromkeys(pending, 0)
+        total = sum(info.num_bytes for info in owned)
+        done = 0
+        for info, tensor in _read(owned):
+            for name in self._targets(checkpoint, info):
+                if name not in pending:
+                    raise CheckpointError(
+                        f"{info.file}: tensor {info.stored_name!r} has no place in "
+                        f"{checkpoint.architecture} (looked for {name!r})"
+                    )
+                _fill(pending[name], info, tensor)
+                filled[name] += info.numel
+            done += info.num_bytes
+            on_progress(done / total)
+        for name, parameter in pending.items():
+            if filled[name] != parameter.numel():
+                raise CheckpointError(
+                    f"{checkpoint.path}: {name!r} has {filled[name]} of {parameter.numel()} "
+                    "values; a shard is missing or the configuration is another checkpoint's"
+                )
+        return done
+
+    def _targets(self, checkpoint: Checkpoint, info: TensorInfo) -> list[str]:
+        """Parameters that a stored tensor fills: with tied weights the embedding is the head too."""
+        if info.parameter != EMBEDDING or checkpoint.has_own_head:
+            return [info.parameter]
+        return [EMBEDDING] * self.is_first + [HEAD] * self.is_last
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """Build the architecture on `meta` with Motley's two interfaces plugged in."""
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    # One stage holds its own copy of a tied embedding as its head, so nothing is tied here.
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
+        )
+    check_structure(model)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(EXPERTS_NAME)
+    return model.eval()
+
+
+def check_structure(model: Any) -> None:
+    """Refuse a model that does not plug into the two interfaces as its slices need.
+
+    Raises:
+        UnsupportedArchitectureError: Names what is missing.
+    """
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise UnsupportedArchitectureError(f"{name} does not use transformers' AttentionInterface")
+    decoder = getattr(model, "model", None)
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    missing = [part for part in parts if not hasattr(decoder, part)]
+    if missing or not hasattr(model, "lm_head"):
+        raise UnsupportedArchitectureError(f"{name} has no {', '.join(missing) or 'lm_head'}")
+    has_experts = any(".experts." in key for key, _ in model.named_parameters())
+    if has_experts and not model._can_set_experts_implementation():
+        raise UnsupportedArchitectureError(f"{name} does not use transformers' ExpertsInterface")
+
+
+def _read(owned: Iterable[TensorInfo]) -> Iterable[tuple[TensorInfo, torch.Tensor]]:
+    """Yield the owned tensors, file by file; `pread` touches their bytes and no others."""
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in owned:
+        by_file.setdefault(info.file, []).append(info)
+    for file, infos in by_file.items():
+        with safe_open(file, framework="pt", backend="pread") as handle:
+            for info in infos:
+                yield info, handle.get_tensor(info.stored_name)
+
+
+def _fill(parameter: torch.Tensor, info: TensorInfo, tensor: torch.Tensor) -> None:
+    """Copy a stored tensor into its parameter, or into its expert's part of a fused one."""
+    target = parameter.data
+    if info.expert is not None:
+        target = target[info.expert]
+        half = target.shape[0] // 2
+        if info.part == "gate":
+            target = target[:half]
+        elif info.part == "up":
+            target = target[half:]
+    if target.shape != tensor.shape:
+        raise CheckpointError(
+            f"{info.file}: {info.stored_name!r} has shape {tuple(tensor.shape)}, the architecture "
+            f"expects {tuple(target.shape)}; is config.json of another checkpoint?"
+        )
+    target.copy_(tensor)
