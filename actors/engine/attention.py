@@ -118,15 +118,15 @@ class PagedRows:
         singles: list[Rows] = []
         for entry in rows:
             first_row = len(slots)
-            span = range(entry.start, entry.start + entry.count)
+            span = range(entry.start, entry.start + entry.length)
             positions.extend(span)
             slots.extend(entry.blocks[p // size] * size + p % size for p in span)
-            if entry.count == 1:
+            if entry.length == 1:
                 single_rows.append(first_row)
                 singles.append(entry)
             else:
                 table = torch.tensor([entry.blocks], device=device)
-                chunks.append(_Chunk(first_row, entry.count, entry.start, table))
+                chunks.append(_Chunk(first_row, entry.length, entry.start, table))
         decodes = None
         if singles:
             decodes = _Decodes(
@@ -147,9 +147,7 @@ class PagedRows:
         key = window or 0
         if key not in self._views:
             assert self.decodes is not None
-            self._views[key] = _decode_view(
-                self.decodes, self.cache.block_tokens, window, device
-            )
+            self._views[key] = _decode_view(self.decodes, self.cache.block_tokens, window, device)
         return self._views[key]
 
 
@@ -182,7 +180,7 @@ def paged_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
-    **_: Any,
+    **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend packed rows to their own sequences' paged context.
 
@@ -276,9 +274,7 @@ def _softmax_attention(
         column = sinks.to(query.dtype).view(1, num_groups, rest, 1)
         shape = (mask.shape[0], num_groups, max(rest, mask.shape[2]))
         mask = torch.cat((bias.expand(*shape, -1), column.expand(*shape, 1)), -1)
-    return functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling
-    )
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -41,12 +41,12 @@ class Draw(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """The rows that one sequence runs in a step: `tokens[start : start + count]`."""
+    """The rows that one sequence runs in a step: `tokens[start : start + length]`."""
 
     start: int
-    count: int
+    length: int
     blocks: list[int]
-    """The blocks that hold positions [0, start + count)."""
+    """The blocks that hold positions [0, start + length)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,28 +76,28 @@ class StepBatch:
     @property
     def context_tokens(self) -> int:
         """KV entries read by the step, summed over its sequences."""
-        return sum(rows.start + rows.count for rows in self.rows)
+        return sum(rows.start + rows.length for rows in self.rows)
 
     @property
     def num_head_rows(self) -> int:
-        scored = sum(self.rows[i].count for i, _ in self.prompt_logprobs)
+        scored = sum(self.rows[i].length for i, _ in self.prompt_logprobs)
         return len(self.drawn) + scored
 
     def encode(self) -> bytes:
-        return msgpack.packb(
+        data: bytes = msgpack.packb(
             [
                 self.lane, self.step, self.epoch, self.tokens, self.rows, self.copies,
                 self.drawn, self.draws, self.prompt_logprobs, self.targets,
             ]
         )  # fmt: skip
+        return data
 
     @classmethod
     def decode(cls, data: bytes | memoryview) -> StepBatch:
         """Decode a step; raises ValueError when it is malformed."""
         try:
-            lane, step, epoch, tokens, rows, copies, drawn, draws, scored, targets = msgpack.unpackb(
-                data
-            )
+            fields = msgpack.unpackb(data)
+            lane, step, epoch, tokens, rows, copies, drawn, draws, scored, targets = fields
             batch = cls(
                 lane, step, epoch, tokens,
                 [Rows(*entry) for entry in rows], [(s, d) for s, d in copies],
@@ -105,7 +105,7 @@ class StepBatch:
             )  # fmt: skip
         except (TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
             raise ValueError(f"malformed step message of {len(data)} bytes: {error}") from error
-        if sum(entry.count for entry in batch.rows) != len(tokens):
+        if sum(entry.length for entry in batch.rows) != len(tokens):
             raise ValueError(f"step {step}: rows do not add up to its {len(tokens)} tokens")
         return batch
 

@@ -153,9 +153,7 @@ class Scheduler:
         sequences: list[Choice] = []
         for index in range(request.n):
             leader = sequences[0] if index else None
-            sequences.append(
-                Choice(request, index, list(request.prompt), self._next_order, leader)
-            )
+            sequences.append(Choice(request, index, list(request.prompt), self._next_order, leader))
             self._next_order += 1
         self._waiting.extend(sequences)
         self._by_request[request.id] = list(sequences)
@@ -209,7 +207,7 @@ class Scheduler:
             entries = next(prompts) if i in scored else []
             if sequence.phase != "running":
                 continue
-            sequence.num_computed = rows.start + rows.count
+            sequence.num_computed = rows.start + rows.length
             self.pool.register(sequence.table, sequence.tokens, sequence.num_computed)
             sequence.prompt_logprobs.extend(entries)
         advances = []
@@ -332,9 +330,7 @@ class Scheduler:
             return BlockTable(), 0
         return self.pool.match(sequence.tokens)
 
-    def _step(
-        self, planned: list[tuple[Choice, int]], copies: list[tuple[int, int]]
-    ) -> Step:
+    def _step(self, planned: list[tuple[Choice, int]], copies: list[tuple[int, int]]) -> Step:
         tokens: list[int] = []
         rows: list[Rows] = []
         drawn: list[int] = []

@@ -183,7 +183,9 @@ class Checkpoint:
         return ModelProfile(
             name=self.path.name,
             embedding=embedding,
-            layers=tuple(self._layer_cost(by_layer[i], dtype_bytes) for i in range(self.num_layers)),
+            layers=tuple(
+                self._layer_cost(by_layer[i], dtype_bytes) for i in range(self.num_layers)
+            ),
             head=head,
             hidden_bytes_per_token=hidden * dtype_bytes,
         )
@@ -225,7 +227,7 @@ class Checkpoint:
                 raise CheckpointError(f"{self.path}: no tensor {name!r}; a shard is missing")
         if not self.has_own_head and not self.config.get("tie_word_embeddings", False):
             raise CheckpointError(
-                f"{self.path}: no tensor {HEAD!r} and tie_word_embeddings is not true in config.json"
+                f"{self.path}: no tensor {HEAD!r}, and config.json does not tie it to the embedding"
             )
 
 
@@ -239,7 +241,7 @@ def locate(model: str) -> Path:
             f"model {model!r} is neither a directory nor a hub id (owner/name); set `model` to a "
             "folder that holds config.json and *.safetensors"
         )
-    from huggingface_hub import snapshot_download  # noqa: PLC0415 - only hub ids pay its import
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
@@ -274,7 +276,7 @@ def check_servable(config: Mapping[str, Any], *, allow_unverified: bool = False)
     if rope_type in _BATCH_DEPENDENT_ROPE:
         raise UnsupportedArchitectureError(
             f"rope_type {rope_type!r} changes a token's rotation with the longest sequence of its "
-            "batch, so batched tokens would differ; set rope_type to default, linear, yarn or llama3"
+            "batch, so batched tokens would differ; use default, linear, yarn or llama3"
         )
 
 

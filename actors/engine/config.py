@@ -28,6 +28,8 @@ class EngineConfig(BaseModel):
     max_waiting: int = Field(256, ge=1)
     """Requests that may wait in one lane; one more is refused with Retry-After."""
     prefix_cache: bool = True
+    cpu_threads: int = Field(1, ge=1, le=1024)
+    """Torch threads of a stage on a CPU. Two on contended cores are far slower than one."""
     step_timeout_s: float = Field(60.0, gt=0)
     """A step that no stage answers within this time fails its requests."""
     allow_unverified_architectures: bool = False

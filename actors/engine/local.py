@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 
@@ -47,7 +48,7 @@ class LocalPipeline:
             StageSlice(
                 checkpoint, first, end, config=self.config, num_kv_blocks=num_blocks, device=device
             )
-            for first, end in zip(bounds, bounds[1:], strict=False)
+            for first, end in pairwise(bounds)
         ]
         self.scheduler = Scheduler(
             LaneLimits(

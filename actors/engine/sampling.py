@@ -27,7 +27,7 @@ def uniform(seed: int, position: int) -> float:
 def sample(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     """Draw one token a row. Order: penalties, bans, temperature, top-k, top-p, min-p, draw."""
     if all(_is_plain(draw) for draw in draws):
-        return logits_DV.argmax(dim=-1).tolist()  # type: ignore[no-any-return]
+        return logits_DV.argmax(dim=-1).tolist()
     logits_DV = logits_DV.float()
     tokens = [0] * len(draws)
     shaped = logits_DV.clone()
@@ -79,13 +79,13 @@ def _penalise(logits_V: torch.Tensor, draw: Draw) -> None:
     """Apply penalties in place: repetition over all tokens, the others over the output."""
     history = torch.tensor(draw.history, device=logits_V.device)
     if draw.repetition_penalty != 1.0:
-        seen = history.unique()
+        seen = torch.unique(history)
         values = logits_V[seen]
         penalty = draw.repetition_penalty
         logits_V[seen] = torch.where(values < 0, values * penalty, values / penalty)
     output = history[draw.num_prompt :]
     if len(output) and (draw.presence_penalty or draw.frequency_penalty):
-        ids, counts = output.unique(return_counts=True)
+        ids, counts = torch.unique(output, return_counts=True)
         logits_V[ids] -= draw.presence_penalty + draw.frequency_penalty * counts.to(logits_V.dtype)
 
 
@@ -106,7 +106,7 @@ def _draw_rows(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     # Rounding may put a target on the total itself: take the last token that has any mass.
     mass = (probs_DV > 0).long() * torch.arange(1, probs_DV.shape[1] + 1, device=device)
     last = mass.max(dim=-1, keepdim=True).values - 1
-    return torch.minimum(index, last)[:, 0].tolist()  # type: ignore[no-any-return]
+    return torch.minimum(index, last)[:, 0].tolist()
 
 
 def _truncate(probs_DV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -44,9 +44,10 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 class StageSlice:
-    """A contiguous slice of a checkpoint's layers with its KV cache.
+    """A contiguous slice of a checkpoint's layers with one KV cache a lane.
 
-    `bytes_read` counts the tensor bytes taken from disk: the slice's own and no others.
+    `num_kv_blocks` is each lane's. `bytes_read` counts the tensor bytes taken
+    from disk: the slice's own and no others.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StageSlice:
         *,
         config: EngineConfig,
         num_kv_blocks: int,
+        num_lanes: int = 1,
         device: str = "cpu",
         on_progress: Progress | None = None,
     ) -> None:
@@ -81,15 +83,18 @@ class StageSlice:
         self.head = model.lm_head if self.is_last else None
         self.bytes_read = self._load(checkpoint, on_progress or (lambda _: None))
         attention = self.layers[0].self_attn
-        self.kv = KVCache(
-            range(first_layer, end_layer),
-            num_blocks=num_kv_blocks,
-            block_tokens=config.kv_block_tokens,
-            num_kv_heads=attention.k_proj.out_features // attention.head_dim,
-            head_dim=attention.head_dim,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        self.kv = [
+            KVCache(
+                range(first_layer, end_layer),
+                num_blocks=num_kv_blocks,
+                block_tokens=config.kv_block_tokens,
+                num_kv_heads=attention.k_proj.out_features // attention.head_dim,
+                head_dim=attention.head_dim,
+                dtype=self.dtype,
+                device=self.device,
+            )
+            for _ in range(num_lanes)
+        ]
 
     @property
     def weight_bytes(self) -> int:
@@ -107,8 +112,15 @@ class StageSlice:
 
         The first stage takes token ids from the batch, the others `hidden_TH`.
         """
-        self.kv.copy_blocks(batch.copies)
-        paged = PagedRows.build(batch.rows, self.kv, self.device)
+        hidden_TH = self.run_layers(batch, hidden_TH)
+        return self._finish(batch, hidden_TH) if self.is_last else hidden_TH
+
+    @torch.inference_mode()
+    def run_layers(self, batch: StepBatch, hidden_TH: torch.Tensor | None) -> torch.Tensor:
+        """Write the step's KV and return the rows behind the slice's last layer, (T, H)."""
+        cache = self.kv[batch.lane]
+        cache.copy_blocks(batch.copies)
+        paged = PagedRows.build(batch.rows, cache, self.device)
         hidden = self._enter(batch, hidden_TH)
         position_ids = paged.positions_T[None]
         position_embeddings = self.rotary(hidden, position_ids)
@@ -120,10 +132,9 @@ class StageSlice:
                 position_embeddings=position_embeddings,
                 paged=paged,
             )
-        if not self.is_last:
-            return hidden[0]
-        return self._finish(batch, hidden[0])
+        return hidden[0]
 
+    @torch.inference_mode()
     def logits(self, hidden_TH: torch.Tensor) -> torch.Tensor:
         """Final norm and head over rows (T, H): (T, V). Last stage only."""
         assert self.norm is not None
@@ -145,7 +156,7 @@ class StageSlice:
         """Score prompts, then draw one token a drawing sequence."""
         starts = [0]
         for rows in batch.rows:
-            starts.append(starts[-1] + rows.count)
+            starts.append(starts[-1] + rows.length)
         scored = [
             self._score(hidden_TH[starts[i] : starts[i] + len(targets)], targets, k)
             for (i, k), targets in zip(batch.prompt_logprobs, batch.targets, strict=True)
@@ -168,7 +179,11 @@ class StageSlice:
             f"model.layers.{i}": layer
             for i, layer in enumerate(self.layers, start=self.first_layer)
         }
-        named = {"model.embed_tokens": self.embedding, "model.norm": self.norm, "lm_head": self.head}
+        named = {
+            "model.embed_tokens": self.embedding,
+            "model.norm": self.norm,
+            "lm_head": self.head,
+        }
         return modules | {name: module for name, module in named.items() if module is not None}
 
     def _load(self, checkpoint: Checkpoint, on_progress: Progress) -> int:
@@ -205,7 +220,7 @@ class StageSlice:
         return done
 
     def _targets(self, checkpoint: Checkpoint, info: TensorInfo) -> list[str]:
-        """Parameters that a stored tensor fills: with tied weights the embedding is the head too."""
+        """Parameters that a stored tensor fills; a tied embedding is the head too."""
         if info.parameter != EMBEDDING or checkpoint.has_own_head:
             return [info.parameter]
         return [EMBEDDING] * self.is_first + [HEAD] * self.is_last

@@ -1,0 +1,139 @@
+"""DecodeActor: one lane. Sockets and a clock around `LaneCore`.
+
+Takes requests from the gateway, sends step messages to the first stage, takes results from the
+last one and streams outputs back to the gateway.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import msgpack
+import ray
+from tokenizers import Tokenizer
+
+from actors import wire
+from actors.engine.batch import StepResult
+from actors.engine.batching import LaneLimits
+from actors.engine.lane import LaneCore
+from actors.engine.requests import Request, RequestError, RequestOutput
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.2
+_REPORT_EVERY_S = 0.25
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LaneSpec:
+    """What a lane is."""
+
+    index: int
+    limits: LaneLimits
+    step_timeout_s: float
+    epoch: int = 0
+    host: str = "127.0.0.1"
+
+
+class DecodeWorker:
+    """Hosts one `LaneCore`."""
+
+    def __init__(
+        self, spec: LaneSpec, tokenizer_json: str, keys: wire.WireKeys, gateway: wire.Address
+    ) -> None:
+        self._spec = spec
+        self._keys = keys
+        self._core = LaneCore(
+            spec.limits, Tokenizer.from_str(tokenizer_json), lane=spec.index, epoch=spec.epoch
+        )
+        self._inbox = wire.Inbox(f"lane {spec.index}", keys, host=spec.host)
+        self._gateway = wire.Outbox(gateway, keys)
+        self._first_stage: wire.Outbox | None = None
+        self._stopping = threading.Event()
+        self._loop: threading.Thread | None = None
+
+    def ready(self) -> wire.Address:
+        return self._inbox.address
+
+    def connect(self, first_stage: wire.Address) -> None:
+        """Connect to the first stage and start serving."""
+        self._first_stage = wire.Outbox(first_stage, self._keys)
+        self._loop = threading.Thread(target=self._serve, name="lane-loop", daemon=True)
+        self._loop.start()
+
+    def watch(self) -> None:
+        """Block while the lane serves; the caller learns of its death by this call's error."""
+        self._stopping.wait()
+
+    def stop(self) -> None:
+        """Stop serving and close the sockets. Safe to call twice."""
+        self._stopping.set()
+        if self._loop is not None:
+            self._loop.join(timeout=10.0)
+        self._inbox.close()
+
+    def _serve(self) -> None:
+        reported_s = 0.0
+        while not self._stopping.is_set():
+            parts = self._inbox.receive(_POLL_S)
+            while parts is not None:
+                self._publish(self._handle(parts))
+                parts = self._inbox.receive(0.0)
+            now_s = time.monotonic()
+            self._publish(self._core.expire(now_s))
+            self._publish(self._overdue(now_s))
+            step = self._core.next_step(now_s)
+            if step is not None and self._first_stage is not None:
+                self._first_stage.send([wire.STEP, step.batch.encode(), _NO_SECONDS])
+            if now_s - reported_s > _REPORT_EVERY_S:
+                reported_s = now_s
+                self._report()
+
+    def _handle(self, parts: list[memoryview]) -> list[RequestOutput]:
+        """Apply one message; a malformed one is dropped and the lane goes on."""
+        kind = bytes(parts[0])
+        now_s = time.monotonic()
+        try:
+            value = msgpack.unpackb(parts[1])
+            if kind == wire.RESULT:
+                stage_s = sum(msgpack.unpackb(parts[2]))
+                result = StepResult.from_wire(value[1])
+                return self._core.take_result(value[0], result, now_s=now_s, stage_s=stage_s)
+            if kind == wire.REQUEST:
+                return self._core.add(Request.from_wire(value), now_s)
+            if kind == wire.ABORT:
+                return self._core.abort(value)
+            if kind == wire.REFUSED:
+                return self._core.fail_step(value[0], value[1])
+            if kind == wire.FAIL:
+                return self._core.fail_all(value)
+        except (RequestError, ValueError, TypeError, KeyError, IndexError) as error:
+            _log.warning("lane %d dropped a %r message: %s", self._spec.index, kind, error)
+        return []
+
+    def _overdue(self, now_s: float) -> list[RequestOutput]:
+        limit_s = self._spec.step_timeout_s
+        if self._core.overdue_s(now_s) <= limit_s:
+            return []
+        return self._core.fail_all(
+            f"no stage answered a step within {limit_s:g} s; raise engine.step_timeout_s if a "
+            "step of this model takes longer"
+        )
+
+    def _publish(self, outputs: Sequence[RequestOutput]) -> None:
+        if outputs:
+            message = msgpack.packb([self._spec.index, [out.to_wire() for out in outputs]])
+            self._gateway.send([wire.OUTPUTS, message])
+
+    def _report(self) -> None:
+        sent = self._first_stage.bytes_sent if self._first_stage is not None else 0
+        values = {"lane": self._spec.index, "link_bytes": sent, **asdict(self._core.counters())}
+        self._gateway.send([wire.REPORT, msgpack.packb(values)])
+
+
+_NO_SECONDS = msgpack.packb([])
+
+DecodeActor = ray.remote(DecodeWorker)

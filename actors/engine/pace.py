@@ -1,0 +1,54 @@
+"""A device's time: real, or paced to declared figures.
+
+A paced device computes the true result, then waits until the declared roofline time has passed. It
+never finishes early; when the real work was slower than declared it says by how much. Waiting
+costs no CPU, so one small machine can stand in for several devices with true numerics and true
+schedule behaviour. The declared time is `placement.costs`', the one that planners predict with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from actors.engine.batch import StepBatch
+from placement.costs import StageCost
+
+
+@dataclass(slots=True)
+class DeviceClock:
+    """Accounts for a device's steps and, when `cost` is given, paces them.
+
+    `now_s` and `sleep` are arguments so that tests need no real time.
+    """
+
+    now_s: Callable[[], float]
+    sleep: Callable[[float], None]
+    cost: StageCost | None = None
+    busy_s: float = 0.0
+    """Time the device was occupied: real work, or the declared time when that is longer."""
+    late_s: float = 0.0
+    """Paced only: by how much the real work outlasted the declared time, summed over steps."""
+    late_steps: int = 0
+    steps: int = 0
+
+    def finish(self, batch: StepBatch, started_s: float) -> float:
+        """End the step that began at `started_s`; returns the seconds it occupied the device."""
+        if self.cost is not None:
+            declared_s = self.cost.step_s(
+                batch.num_tokens, batch.context_tokens, batch.num_head_rows
+            )
+            self._wait_until(started_s + declared_s)
+        occupied_s = self.now_s() - started_s
+        self.busy_s += occupied_s
+        self.steps += 1
+        return occupied_s
+
+    def _wait_until(self, end_s: float) -> None:
+        left_s = end_s - self.now_s()
+        if left_s < 0:
+            self.late_s -= left_s
+            self.late_steps += 1
+        while left_s > 0:
+            self.sleep(left_s)
+            left_s = end_s - self.now_s()

@@ -1,0 +1,179 @@
+"""The token path: messages from actor to actor over ZeroMQ.
+
+A message is a list of parts: a kind, then whatever that kind carries (msgpack, raw tensor bytes).
+Each actor has one `Inbox`; whoever sends to it has an `Outbox`. On one node they meet over a unix
+socket in a directory that only the owner may enter; between nodes over TCP with CURVE, and only
+the holder of the deployment's key pair is let in. No pickle, ever.
+
+Measured on two shared cores, 400 KB one way: unix socket 66 us, TCP 82, TCP with CURVE 468
+(encryption), raw TCP 33; so encryption is left to where there is a wire to tap.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+STEP = b"step"
+RESULT = b"result"
+REQUEST = b"request"
+ABORT = b"abort"
+OUTPUTS = b"outputs"
+REPORT = b"report"
+REFUSED = b"refused"
+FAIL = b"fail"
+
+MAX_PART_BYTES = 256 * 2**20
+"""A larger part is dropped by the receiver before it is allocated."""
+_SEND_TIMEOUT_S = 10.0
+_QUEUED_MESSAGES = 10_000
+
+Parts = Sequence[bytes | memoryview]
+
+
+class WireError(RuntimeError):
+    """A message could not be sent; the receiver is gone or does not keep up."""
+
+
+class WireKeys(NamedTuple):
+    """The deployment's CURVE key pair: every actor has it, nobody else."""
+
+    public: bytes
+    secret: bytes
+
+    @classmethod
+    def make(cls) -> WireKeys:
+        return cls(*zmq.curve_keypair())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Address:
+    """Where an inbox is reached: from its own node, and from others."""
+
+    name: str
+    machine: str
+    ipc: str
+    tcp: str
+
+
+def machine_id() -> str:
+    """Identify this machine (its boot), so that two actors know whether they share it.
+
+    Network namespaces of one machine count as different machines: they test as separate hosts.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    name = boot.read_text(encoding="ascii").strip() if boot.exists() else socket.gethostname()
+    try:
+        namespace = os.readlink("/proc/self/ns/net")
+    except OSError:
+        namespace = ""
+    return f"{name} {namespace}"
+
+
+class _KeyHolders:
+    """ZAP credentials provider: lets in exactly the deployment's public key."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, domain: str, key: bytes) -> bool:
+        return key == self._public
+
+
+class Inbox:
+    """Receives one actor's messages. Use from one thread."""
+
+    def __init__(self, name: str, keys: WireKeys, *, host: str = "127.0.0.1") -> None:
+        self._context = zmq.Context()
+        self._authenticator = ThreadAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback(
+            domain="*", credentials_provider=_KeyHolders(keys.public)
+        )
+        self._local = self._socket()
+        self._remote = self._socket()
+        self._remote.curve_server = True
+        self._remote.curve_publickey = keys.public
+        self._remote.curve_secretkey = keys.secret
+        self._directory = tempfile.mkdtemp(prefix="motley-")  # created with mode 0700
+        ipc = f"ipc://{self._directory}/inbox"
+        self._local.bind(ipc)
+        port = self._remote.bind_to_random_port(f"tcp://{host}")
+        self.address = Address(name=name, machine=machine_id(), ipc=ipc, tcp=f"tcp://{host}:{port}")
+        self._poller = zmq.Poller()
+        self._poller.register(self._local, zmq.POLLIN)
+        self._poller.register(self._remote, zmq.POLLIN)
+
+    def receive(self, timeout_s: float) -> list[memoryview] | None:
+        """Return the next message's parts, or None when none came in time."""
+        for source in (self._local, self._remote):
+            if int(source.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+                return _receive(source)
+        ready = self._poller.poll(max(0, round(timeout_s * 1000)))
+        return _receive(ready[0][0]) if ready else None
+
+    def close(self) -> None:
+        self._local.close()
+        self._remote.close()
+        self._authenticator.stop()
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _socket(self) -> zmq.Socket[bytes]:
+        made = self._context.socket(zmq.PULL)
+        made.linger = 0
+        made.rcvhwm = _QUEUED_MESSAGES
+        made.maxmsgsize = MAX_PART_BYTES
+        return made
+
+
+class Outbox:
+    """Sends to one inbox. Use from one thread. Counts what it sent."""
+
+    def __init__(self, address: Address, keys: WireKeys) -> None:
+        self.address = address
+        self.bytes_sent = 0
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.PUSH)
+        self._socket.linger = 0
+        self._socket.sndhwm = _QUEUED_MESSAGES
+        self._socket.sndtimeo = round(_SEND_TIMEOUT_S * 1000)
+        if address.machine == machine_id():
+            self._socket.connect(address.ipc)
+        else:
+            self._socket.curve_serverkey = keys.public
+            self._socket.curve_publickey = keys.public
+            self._socket.curve_secretkey = keys.secret
+            self._socket.connect(address.tcp)
+
+    def send(self, parts: Parts) -> None:
+        """Queue a message; buffers must not change until it has left.
+
+        Raises:
+            WireError: The receiver took nothing for 10 s while the queue was full.
+        """
+        try:
+            self._socket.send_multipart(parts, copy=False)
+        except zmq.Again as error:
+            raise WireError(
+                f"{self.address.name} took no message for {_SEND_TIMEOUT_S:g} s with "
+                f"{_QUEUED_MESSAGES} queued; it is gone or stuck"
+            ) from error
+        self.bytes_sent += sum(len(part) for part in parts)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _receive(source: zmq.Socket[bytes]) -> list[memoryview]:
+    frames = source.recv_multipart(copy=False)
+    return [frame.buffer for frame in frames]

@@ -1,0 +1,204 @@
+"""The command line: verbs and flags. What a verb does lives in `cluster.commands`.
+
+Imports are light: a verb's module is imported when the verb runs, so `motley --help`, `plan`,
+`status` and `generate` load neither torch nor Ray.
+
+Exit codes: 0 done; 1 an error; 2 wrong usage or settings; 3 no plan fits; 4 nothing is running,
+or it cannot be reached; 5 not ready, or overloaded; 6 the token was refused; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import IntEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from cluster.commands.errors import ChecksFailedError, NotReadyError, UnauthorizedError
+from cluster.commands.output import Output
+from cluster.config import ConfigError
+from cluster.runstate import AmbiguousNameError, NotRunningError, RunState, find_state
+from placement.errors import InfeasiblePlanError
+
+app = typer.Typer(
+    name="motley",
+    help="Serve one Hugging Face checkpoint across unequal machines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class ExitCode(IntEnum):
+    """What a command's exit status says."""
+
+    OK = 0
+    ERROR = 1
+    USAGE = 2
+    INFEASIBLE = 3
+    NOT_RUNNING = 4
+    NOT_READY = 5
+    UNAUTHORIZED = 6
+    INTERRUPTED = 130
+
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Write JSON to stdout and nothing else there.")
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="A YAML file; without it, the embedded default."),
+]
+ModelOption = Annotated[
+    str | None,
+    typer.Option(help="A checkpoint folder or hub id. Without --config: on the devices found."),
+]
+NameOption = Annotated[str | None, typer.Option(help="The deployment; needed when several run.")]
+TargetOption = Annotated[
+    str | None,
+    typer.Option(envvar="MOTLEY_TARGET", help="host:port of the gateway's gRPC listener."),
+]
+UrlOption = Annotated[
+    str | None, typer.Option(envvar="MOTLEY_URL", help="URL of the gateway's HTTP listener.")
+]
+TokenOption = Annotated[
+    str | None, typer.Option(envvar="MOTLEY_TOKEN", help="Bearer token of the deployment.")
+]
+TlsOption = Annotated[
+    Path | None,
+    typer.Option(envvar="MOTLEY_TLS_CERT", help="PEM certificates to trust."),
+]
+
+
+@app.command()
+def up(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    name: NameOption = None,
+    http_port: Annotated[int | None, typer.Option(help="0 picks a free one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="0 picks a free one.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Bring a deployment up and keep it up until Ctrl-C, SIGTERM or `motley down`."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands.settings import chosen_config
+        from cluster.commands.up import bring_up
+        from cluster.launch import run
+
+        settings, source = chosen_config(
+            config, model, name=name, http_port=http_port, grpc_port=grpc_port
+        )
+        bring_up(settings, source, output, run)
+
+
+@app.command()
+def down(
+    name: NameOption = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=0, help="Seconds to wait for it to stop.")
+    ] = 60.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Stop a deployment that `motley up` started on this machine."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands.down import bring_down
+
+        bring_down(name, timeout_s, output)
+
+
+@app.command()
+def status(
+    name: NameOption = None,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show stages, lanes and links of a running deployment."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands.status import HttpTarget, show_status
+
+        if url is None:
+            state = _ready_state(name)
+            url, token = state.http_url, token or state.token
+            tls_cert = tls_cert or _path(state.tls_cert_file)
+        show_status(HttpTarget(url=url, token=token or "", tls_cert_file=tls_cert), output)
+
+
+@app.command()
+def plan(config: ConfigOption = None, model: ModelOption = None, as_json: JsonFlag = False) -> None:
+    """Predict a deployment without starting it: no Ray, no torch, no GPU."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands.plan import show_plan
+        from cluster.commands.settings import chosen_config
+
+        show_plan(chosen_config(config, model)[0], output)
+
+
+@app.command()
+def doctor(
+    config: ConfigOption = None, model: ModelOption = None, as_json: JsonFlag = False
+) -> None:
+    """Check this machine, and every node of the Ray cluster that the settings name."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands.settings import chosen_config
+        from cluster.doctor import examine
+
+        examine(chosen_config(config, model)[0], output)
+
+
+@contextmanager
+def _reporting(output: Output) -> Iterator[None]:
+    """Turn an expected failure into one line on stderr and an exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        output.note("interrupted")
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    except _EXPECTED as error:
+        code = _exit_code(error)
+        if output.as_json:
+            output.failure({"error": {"message": str(error), "exit_code": int(code)}})
+        output.note(Text(f"motley: {error}"))
+        raise typer.Exit(code) from None
+
+
+def _exit_code(error: BaseException) -> ExitCode:
+    for kind, code in _CODE_OF_ERROR.items():
+        if isinstance(error, kind):
+            return code
+    return ExitCode.ERROR
+
+
+_CODE_OF_ERROR: dict[type[Exception], ExitCode] = {
+    ConfigError: ExitCode.USAGE,
+    AmbiguousNameError: ExitCode.USAGE,
+    InfeasiblePlanError: ExitCode.INFEASIBLE,
+    NotRunningError: ExitCode.NOT_RUNNING,
+    NotReadyError: ExitCode.NOT_READY,
+    UnauthorizedError: ExitCode.UNAUTHORIZED,
+    ChecksFailedError: ExitCode.ERROR,
+}
+
+_EXPECTED: tuple[type[Exception], ...] = (*_CODE_OF_ERROR, RuntimeError, OSError)
+"""What a user can cause; anything else is a defect and keeps its traceback."""
+
+
+def _ready_state(name: str | None) -> RunState:
+    state = find_state(name)
+    if not state.is_ready:
+        raise NotReadyError(f"{state.name} (process {state.pid}) is still starting; try again")
+    return state
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)

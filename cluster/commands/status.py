@@ -1,0 +1,96 @@
+"""`motley status`: what a running deployment is doing, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import ssl
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from rich.text import Text
+
+from cluster.commands.errors import NotReadyError, UnauthorizedError
+from cluster.commands.output import Output
+from cluster.commands.tables import lane_table, status_table
+from cluster.gateway.settings import is_loopback
+from cluster.runstate import NotRunningError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HttpTarget:
+    """Where a gateway listens for HTTP and how to be let in."""
+
+    url: str
+    token: str
+    tls_cert_file: Path | None = None
+
+
+def show_status(target: HttpTarget, output: Output) -> None:
+    """Write the deployment's status; raises `NotReadyError` after writing when it is not ready."""
+    status = fetch_json(target, "/status")
+    state = "ready" if status["ready"] else f"not ready: {status['reason']}"
+    output.result(
+        status,
+        Text(f"{target.url}: {state}, plan {status['epoch']}"),
+        status_table(status["stages"]),
+        lane_table(status["lanes"]),
+    )
+    if not status["ready"]:
+        raise NotReadyError(
+            f"{target.url} is not ready: {status['reason']} ({status['progress']:.0%} loaded)"
+        )
+
+
+def fetch_json(target: HttpTarget, path: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
+    """GET a JSON object from the gateway.
+
+    Raises:
+        NotRunningError: Nothing answers there.
+        UnauthorizedError: The token is wrong.
+        NotReadyError: It answers 503.
+    """
+    request = urllib.request.Request(
+        target.url.rstrip("/") + path, headers={"Authorization": f"Bearer {target.token}"}
+    )
+    try:
+        with _opener(target).open(request, timeout=timeout_s) as response:
+            value = json.load(response)
+    except urllib.error.HTTPError as error:
+        raise _refused(target, path, error) from None
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise NotRunningError(
+            f"nothing answers at {target.url} ({reason}); start a deployment with `motley up`, or "
+            f"name one with --url"
+        ) from None
+    except ValueError as error:
+        raise RuntimeError(f"{target.url}{path} gave no JSON ({error}); is it a gateway?") from None
+    if not isinstance(value, dict):
+        raise RuntimeError(f"{target.url}{path} answered {type(value).__name__}, not an object")
+    return value
+
+
+def _opener(target: HttpTarget) -> urllib.request.OpenerDirector:
+    handlers: list[urllib.request.BaseHandler] = []
+    if target.tls_cert_file is not None:
+        context = ssl.create_default_context(cafile=target.tls_cert_file)
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    if is_loopback(urlsplit(target.url).hostname or ""):
+        # A proxy from the environment cannot reach this machine's loopback.
+        handlers.append(urllib.request.ProxyHandler({}))
+    return urllib.request.build_opener(*handlers)
+
+
+def _refused(target: HttpTarget, path: str, error: urllib.error.HTTPError) -> RuntimeError:
+    body = error.read(2000).decode(errors="replace")
+    if error.code in (401, 403):
+        return UnauthorizedError(
+            f"{target.url} refused the token ({error.code}); set --token or MOTLEY_TOKEN"
+        )
+    if error.code == 503:
+        return NotReadyError(f"{target.url} cannot answer now (503): {body}")
+    return RuntimeError(f"{target.url}{path} answered {error.code}: {body}")

@@ -1,0 +1,127 @@
+"""`motley up`: launch, narrate, keep the run-state file, and return when all is gone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import assert_never
+
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
+from rich.text import Text
+
+from cluster.commands.output import Output
+from cluster.commands.tables import plan_summary, plan_table
+from cluster.config import MotleyConfig
+from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped, event_json
+from cluster.runstate import (
+    RunState,
+    remove_state,
+    running_states,
+    state_file,
+    write_state,
+)
+from placement.stages import StagesPlan
+
+
+class AlreadyRunningError(RuntimeError):
+    """The name is taken by a live deployment."""
+
+
+Launcher = Callable[[MotleyConfig, Callable[[LaunchEvent], None]], None]
+"""Brings a deployment up, reports, blocks until told to stop, and tears everything down."""
+
+
+def bring_up(config: MotleyConfig, config_path: str, output: Output, launcher: Launcher) -> None:
+    """Run a deployment until it is told to stop."""
+    name = config.served_name
+    for other in running_states():
+        if other.name == name:
+            raise AlreadyRunningError(
+                f"{name} already runs as process {other.pid}; stop it with `motley down --name "
+                f"{name}`, or start another with --name"
+            )
+    certificate = config.gateway.tls_cert_file
+    state = RunState(
+        name=name,
+        pid=os.getpid(),
+        started_unix_s=int(datetime.now(UTC).timestamp()),
+        config_path=config_path,
+        tls_cert_file=None if certificate is None else str(certificate.resolve()),
+    )
+    write_state(state)
+    narrator = _Narrator(output, state)
+    try:
+        launcher(config, narrator.handle)
+    finally:
+        narrator.close()
+        remove_state(state)
+
+
+class _Narrator:
+    """Turns launch events into the run-state file, and into JSON lines or a display."""
+
+    def __init__(self, output: Output, state: RunState) -> None:
+        self._output = output
+        self._state = state
+        self._plan: StagesPlan | None = None
+        self._tasks: dict[int, TaskID] = {}
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            console=output.errors,
+            transient=True,
+        )
+
+    def handle(self, event: LaunchEvent) -> None:
+        if isinstance(event, Ready):
+            self._state = replace(
+                self._state,
+                http_url=event.http_url,
+                grpc_target=event.grpc_target,
+                token=event.token,
+            )
+            write_state(self._state)
+        if self._output.as_json:
+            self._output.line(event_json(event))
+        else:
+            self._show(event)
+
+    def close(self) -> None:
+        self._bars.stop()
+
+    def _show(self, event: LaunchEvent) -> None:
+        match event:
+            case Planned():
+                self._plan = event.plan
+                self._bars.start()
+                for stage in event.plan.stages:
+                    title = Text(f"stage {stage.index} on {stage.device_id}").markup
+                    self._tasks[stage.index] = self._bars.add_task(title, total=1.0)
+            case StageProgress():
+                if event.index in self._tasks:
+                    self._bars.update(self._tasks[event.index], completed=event.loaded_fraction)
+            case Ready():
+                self._bars.stop()
+                if self._plan is not None:
+                    self._output.note(plan_table(self._plan), plan_summary(self._plan))
+                self._output.note(self._how_to_reach(event))
+            case Stopped():
+                self._bars.stop()
+                self._output.note(Text(f"stopped: {event.reason}"))
+            case _:
+                assert_never(event)
+
+    def _how_to_reach(self, ready: Ready) -> Text:
+        # A log file outlives the deployment and is read by others; a terminal is the user's own.
+        token = ready.token if self._output.errors.is_terminal else "in the file below"
+        return Text(
+            f"ready after {ready.seconds:.1f} s\n"
+            f"  OpenAI HTTP  {ready.http_url}/v1\n"
+            f"  gRPC         {ready.grpc_target}\n"
+            f"  token        {token}\n"
+            f"  state        {state_file(self._state.name)}\n"
+            f"stop with Ctrl-C or `motley down --name {self._state.name}`"
+        )

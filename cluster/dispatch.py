@@ -1,0 +1,248 @@
+"""The gateway's way to the lanes: implements `Backend` over the wire.
+
+One inbox hears every stage and lane (outputs, reports); one outbox a lane carries requests and
+aborts. Runs on the gateway's event loop; a thread reads the inbox. A request goes to the lane with
+the fewest choices outstanding (the least predicted wait, for lanes of equal speed).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgpack
+
+from actors import wire
+from actors.engine.batching import LaneLimits
+from actors.engine.requests import Request, RequestError, RequestOutput
+from cluster.backend import (
+    DeploymentStatus,
+    LaneStatus,
+    ModelInfo,
+    Overloaded,
+    StageStatus,
+    Unavailable,
+)
+from placement.stages import StagesPlan
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.5
+_LOADING_RETRY_S = 2.0
+_LOST_RETRY_S = 30.0
+
+
+@dataclass(slots=True)
+class _Stream:
+    """A request in flight: where its outputs go, and how many choices are still open."""
+
+    lane: int
+    open_choices: int
+    outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
+
+
+class Dispatcher:
+    """Requests in, outputs out. Create and use on the event loop."""
+
+    def __init__(self, info: ModelInfo, plan: StagesPlan, limits: LaneLimits) -> None:
+        self.keys = wire.WireKeys.make()
+        self.serving = asyncio.Event()
+        """Set once every stage has said that it serves."""
+        self._info = info
+        self._plan = plan
+        self._limits = limits
+        self._loop = asyncio.get_running_loop()
+        self._inbox: wire.Inbox | None = None
+        self._reader: threading.Thread | None = None
+        self._stopping = threading.Event()
+        self._lanes: list[wire.Outbox] = []
+        self._streams: dict[str, _Stream] = {}
+        self._stage_reports: dict[int, Mapping[str, Any]] = {}
+        self._lane_reports: dict[int, Mapping[str, Any]] = {}
+        self._unavailable: Unavailable | None = Unavailable("stages are loading", _LOADING_RETRY_S)
+
+    def open(self, host: str) -> wire.Address:
+        """Start hearing; returns the address that stages and lanes report to."""
+        self._inbox = wire.Inbox("gateway", self.keys, host=host)
+        self._reader = threading.Thread(target=self._read, name="gateway-inbox", daemon=True)
+        self._reader.start()
+        return self._inbox.address
+
+    def connect(self, lanes: Sequence[wire.Address]) -> None:
+        """Open for requests: every stage and lane is ready and connected."""
+        self._lanes = [wire.Outbox(address, self.keys) for address in lanes]
+        self._unavailable = None
+
+    def fail(self, reason: str) -> None:
+        """A stage or lane is lost: end what is in flight and take nothing more."""
+        self._unavailable = Unavailable(reason, _LOST_RETRY_S)
+        for lane in self._lanes:
+            lane.send([wire.FAIL, msgpack.packb(reason)])
+        for request_id, stream in list(self._streams.items()):
+            error = RequestOutput(id=request_id, finish_reason="error", error=reason)
+            stream.open_choices = 1
+            stream.outputs.put_nowait(error)
+
+    async def close(self) -> None:
+        """End what is in flight and close the sockets."""
+        self.fail("the server is shutting down")
+        self._stopping.set()
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.join, 10.0)
+        if self._inbox is not None:
+            self._inbox.close()
+        for lane in self._lanes:
+            lane.close()
+
+    def model_info(self) -> ModelInfo:
+        return self._info
+
+    def plan_json(self) -> dict[str, object]:
+        return self._plan.to_json()
+
+    async def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+        """Stream a request's outputs; see `Backend.generate`."""
+        stream = self._admit(request)
+        try:
+            while stream.open_choices > 0:
+                output = await stream.outputs.get()
+                if output.finish_reason is not None:
+                    stream.open_choices -= 1
+                if output.error == "overloaded":
+                    raise Overloaded("every slot of the lane's queue is taken", 1.0)
+                yield output
+        finally:
+            self._streams.pop(request.id, None)
+            if stream.open_choices > 0:
+                self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(request.id)])
+
+    async def abort(self, request_id: str) -> bool:
+        stream = self._streams.get(request_id)
+        if stream is None:
+            return False
+        self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(request_id)])
+        return True
+
+    async def status(self) -> DeploymentStatus:
+        stages = tuple(self._stage_status(i) for i in range(len(self._plan.stages)))
+        inactive = [stage for stage in stages if not stage.active]
+        reason = ""
+        if self._unavailable is not None:
+            reason = self._unavailable.message
+        elif inactive:
+            reason = f"{len(inactive)} of {len(stages)} stages are not serving yet"
+        return DeploymentStatus(
+            ready=not reason,
+            reason=reason,
+            progress=sum(stage.loaded_fraction for stage in stages) / len(stages),
+            epoch=self._plan.epoch,
+            stages=stages,
+            lanes=tuple(self._lane_status(i) for i in sorted(self._lane_reports)),
+            link_bytes=self._link_bytes(),
+        )
+
+    def lane_reports(self) -> dict[int, Mapping[str, Any]]:
+        """The lanes' latest raw counters, for benchmarks."""
+        return dict(self._lane_reports)
+
+    def _admit(self, request: Request) -> _Stream:
+        """Choose a lane and send the request, or say why not; nothing is held when it raises."""
+        if self._unavailable is not None:
+            raise Unavailable(self._unavailable.message, self._unavailable.retry_after_s)
+        if request.id in self._streams:
+            raise RequestError(f"request id {request.id!r} is already in flight", "id")
+        longest = len(request.prompt) + request.sampling.max_tokens
+        if longest > self._limits.max_sequence_tokens:
+            raise RequestError(
+                f"{len(request.prompt)} prompt tokens + max_tokens {request.sampling.max_tokens} "
+                f"= {longest}; a sequence holds at most {self._limits.max_sequence_tokens}. "
+                "Shorten the prompt or lower max_tokens",
+                "max_tokens",
+            )
+        outstanding = [0] * len(self._lanes)
+        for stream in self._streams.values():
+            outstanding[stream.lane] += stream.open_choices
+        lane = min(range(len(self._lanes)), key=lambda i: (outstanding[i], i))
+        most = self._limits.max_running + self._limits.max_waiting
+        if outstanding[lane] + request.n > most:
+            raise Overloaded(
+                f"{outstanding[lane]} choices are queued on the least busy lane, {most} fit; "
+                "retry later or raise engine.max_waiting",
+                1.0,
+            )
+        stream = self._streams[request.id] = _Stream(lane, request.n)
+        self._lanes[lane].send([wire.REQUEST, msgpack.packb(request.to_wire())])
+        return stream
+
+    def _read(self) -> None:
+        """Thread: hand every message to the event loop."""
+        assert self._inbox is not None
+        while not self._stopping.is_set():
+            parts = self._inbox.receive(_POLL_S)
+            if parts is None:
+                continue
+            try:
+                kind, value = bytes(parts[0]), msgpack.unpackb(parts[1])
+            except (ValueError, IndexError) as error:
+                _log.warning("gateway dropped a malformed message: %s", error)
+                continue
+            try:
+                self._loop.call_soon_threadsafe(self._handle, kind, value)
+            except RuntimeError:  # the loop has closed under us: nobody is left to tell
+                return
+
+    def _handle(self, kind: bytes, value: Any) -> None:
+        if kind == wire.OUTPUTS:
+            for entry in value[1]:
+                stream = self._streams.get(entry["id"])
+                if stream is not None:
+                    stream.outputs.put_nowait(RequestOutput.from_wire(entry))
+        elif kind == wire.REPORT:
+            if "stage" in value:
+                self._stage_reports[value["stage"]] = value
+                if all(self._stage_status(i).active for i in range(len(self._plan.stages))):
+                    self.serving.set()
+            else:
+                self._lane_reports[value["lane"]] = value
+
+    def _stage_status(self, index: int) -> StageStatus:
+        placed = self._plan.stages[index]
+        report = self._stage_reports.get(index, {})
+        return StageStatus(
+            index=index,
+            device=placed.device_id,
+            node=placed.node,
+            first_layer=placed.first_layer,
+            end_layer=placed.end_layer,
+            active=bool(report.get("active", False)),
+            loaded_fraction=report.get("loaded_fraction", 0.0),
+            busy_s=report.get("busy_s", 0.0),
+            steps=report.get("steps", 0),
+            late_s=report.get("late_s", 0.0),
+            link_bytes=report.get("link_bytes", 0),
+        )
+
+    def _lane_status(self, index: int) -> LaneStatus:
+        report = self._lane_reports[index]
+        names = ("running", "waiting", "blocks_in_use", "num_blocks", "preemptions")
+        return LaneStatus(
+            index=index,
+            prefix_hit_tokens=report["prefix_hit_tokens"],
+            **{name: report[name] for name in names},
+        )
+
+    def _link_bytes(self) -> dict[str, int]:
+        """Bytes over each link: lanes to the first stage, stage to stage, last stage to lanes."""
+        devices = [stage.device_id for stage in self._plan.stages]
+        links = {
+            f"lane-{i}->{devices[0]}": report["link_bytes"]
+            for i, report in sorted(self._lane_reports.items())
+        }
+        for index, device in enumerate(devices):
+            target = devices[index + 1] if index + 1 < len(devices) else "lanes"
+            sent = self._stage_reports.get(index, {}).get("link_bytes", 0)
+            links[f"{device}->{target}"] = sent
+        return links

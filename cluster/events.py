@@ -1,0 +1,57 @@
+"""What the launcher tells whoever started it, in the order in which it happens.
+
+`Planned` once, `StageProgress` as weights arrive, `Ready` once every stage serves, `Stopped` last.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from placement.stages import StagesPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The devices are known and the layers are cut."""
+
+    plan: StagesPlan
+
+
+@dataclass(frozen=True, slots=True)
+class StageProgress:
+    """A stage has loaded this share of its weights; 1.0 is loaded and warm."""
+
+    index: int
+    device: str
+    loaded_fraction: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """Every stage and lane serves, and the gateway listens."""
+
+    http_url: str
+    grpc_target: str
+    token: str
+    seconds: float
+    """From the start of the launch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """Everything this launch started is gone."""
+
+    reason: str
+
+
+LaunchEvent = Planned | StageProgress | Ready | Stopped
+
+
+def event_json(event: LaunchEvent) -> dict[str, Any]:
+    """Return plain JSON values, the event's name under "event"."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    if isinstance(event, Planned):
+        return {"event": name, "plan": event.plan.to_json()}
+    return {"event": name, **asdict(event)}

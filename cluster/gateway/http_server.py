@@ -1,0 +1,200 @@
+"""The HTTP front: the OpenAI API, and what an operator reads.
+
+    POST /v1/completions  POST /v1/chat/completions   whole, or as server-sent events
+    GET  /v1/models       GET  /v1/models/{id}
+    GET  /health          alive; the only route that needs no token
+    GET  /ready           200 when every stage is active, else 503 with the progress
+    GET  /status          GET  /plan  GET  /metrics
+
+A codec around `GatewayService`; checks and defaults live there, errors in `http_guard`. A client
+that disconnects aborts its requests, streamed or not.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from actors.engine.requests import RequestError
+from cluster.backend import ModelInfo, Unavailable
+from cluster.gateway.auth import BearerAuth
+from cluster.gateway.http_guard import (
+    BearerMiddleware,
+    BodyTooLarge,
+    ClientGone,
+    InvalidBody,
+    describe,
+    read_body,
+    retry_after,
+    until_disconnect,
+)
+from cluster.gateway.openai_calls import Call, chat_call, completion_call, streamed, whole
+from cluster.gateway.openai_format import AnswerHead
+from cluster.gateway.openai_schema import ChatBody, CompletionBody
+from cluster.gateway.service import GatewayService, GenerationFailed, NotFound
+from cluster.gateway.sse import EventStream
+from cluster.telemetry import METRICS_CONTENT_TYPE
+
+_RETRY_READY_S = 2.0
+_CLIENT_CLOSED = 499  # nginx's code; nobody is left to read it
+
+
+def unix_s() -> int:
+    """Return the wall clock, as OpenAI's `created` wants it."""
+    return int(datetime.now(UTC).timestamp())
+
+
+def make_http_app(
+    service: GatewayService,
+    auth: BearerAuth,
+    *,
+    max_request_bytes: int,
+    new_id: Callable[[], str] = lambda: secrets.token_hex(16),
+    clock_unix_s: Callable[[], int] = unix_s,
+) -> FastAPI:
+    """Return the ASGI application."""
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.add_middleware(BearerMiddleware, auth=auth)
+    routes = _Routes(service, max_request_bytes, new_id, clock_unix_s)
+    app.include_router(routes.router())
+    for kind in (
+        RequestError,
+        InvalidBody,
+        NotFound,
+        BodyTooLarge,
+        Unavailable,
+        GenerationFailed,
+        HTTPException,
+        Exception,  # logged by uvicorn, which sees it too
+    ):
+        app.add_exception_handler(kind, _error_response)
+    for kind in (ClientGone, ClientDisconnect):
+        app.add_exception_handler(kind, _nobody_left)
+    return app
+
+
+async def _error_response(_request: Request, error: Exception) -> Response:
+    return describe(error).response()
+
+
+async def _nobody_left(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=_CLIENT_CLOSED)
+
+
+class _Routes:
+    """The endpoints of one service."""
+
+    def __init__(
+        self,
+        service: GatewayService,
+        max_request_bytes: int,
+        new_id: Callable[[], str],
+        clock_unix_s: Callable[[], int],
+    ) -> None:
+        self._service = service
+        self._max_request_bytes = max_request_bytes
+        self._new_id = new_id
+        self._clock_unix_s = clock_unix_s
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        gets: dict[str, Callable[..., Awaitable[Response]]] = {
+            "/health": self.health,
+            "/ready": self.ready,
+            "/status": self.status,
+            "/plan": self.plan,
+            "/metrics": self.metrics,
+            "/v1/models": self.models,
+            "/v1/models/{model_id:path}": self.model,  # names hold slashes
+        }
+        posts: dict[str, Callable[..., Awaitable[Response]]] = {
+            "/v1/completions": self.completions,
+            "/v1/chat/completions": self.chat_completions,
+        }
+        for path, endpoint in gets.items():
+            router.add_api_route(path, endpoint, methods=["GET"], response_model=None)
+        for path, endpoint in posts.items():
+            router.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+        return router
+
+    async def completions(self, request: Request) -> Response:
+        body = await read_body(request, CompletionBody, limit_bytes=self._max_request_bytes)
+        call = await completion_call(self._service, body, self._head("cmpl"))
+        return await self._answer(request, call, stream=bool(body.stream))
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = await read_body(request, ChatBody, limit_bytes=self._max_request_bytes)
+        call = await chat_call(self._service, body, self._head("chatcmpl"))
+        return await self._answer(request, call, stream=bool(body.stream))
+
+    async def _answer(self, request: Request, call: Call, *, stream: bool) -> Response:
+        if stream:
+            return EventStream(streamed(self._service, call))
+        return JSONResponse(await until_disconnect(request.receive, whole(self._service, call)))
+
+    def _head(self, prefix: str) -> AnswerHead:
+        return AnswerHead(
+            id=f"{prefix}-{self._new_id()}",
+            created_unix_s=self._clock_unix_s(),
+            model=self._service.model_info().name,
+        )
+
+    async def models(self) -> Response:
+        data = [_model(self._service.model_info())]
+        return JSONResponse({"object": "list", "data": data})
+
+    async def model(self, model_id: str) -> Response:
+        self._service.check_model(model_id)
+        return JSONResponse(_model(self._service.model_info()))
+
+    async def health(self) -> Response:
+        return JSONResponse({"status": "alive"})
+
+    async def ready(self) -> Response:
+        status = await self._service.status()
+        is_ready = status.ready and all(stage.active for stage in status.stages)
+        body = {
+            "ready": is_ready,
+            "reason": status.reason,
+            "progress": status.progress,
+            "stages": [
+                {
+                    "index": stage.index,
+                    "device": stage.device,
+                    "active": stage.active,
+                    "loaded_fraction": stage.loaded_fraction,
+                }
+                for stage in status.stages
+            ],
+        }
+        if is_ready:
+            return JSONResponse(body)
+        return JSONResponse(body, 503, headers={"Retry-After": retry_after(_RETRY_READY_S)})
+
+    async def status(self) -> Response:
+        return JSONResponse(asdict(await self._service.status()))
+
+    async def plan(self) -> Response:
+        return JSONResponse(self._service.plan())
+
+    async def metrics(self) -> Response:
+        text = await self._service.render_metrics()
+        return Response(text, media_type=METRICS_CONTENT_TYPE)
+
+
+def _model(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": info.created_unix_s,
+        "owned_by": "motley",
+        "max_model_len": info.max_model_tokens,
+    }

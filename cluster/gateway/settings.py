@@ -1,0 +1,66 @@
+"""Where the gateway listens and what it accepts. Loads without grpc, fastapi or transformers."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class GatewaySettings(BaseModel):
+    """Settings of the two listeners, gRPC and HTTP."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", min_length=1)
+    http_port: int = Field(8000, ge=0, le=65535)
+    """0 picks a free port; the handle says which."""
+    grpc_port: int = Field(8001, ge=0, le=65535)
+    max_request_bytes: int = Field(4 * 1024 * 1024, ge=1024)
+    """Largest HTTP body and largest gRPC message."""
+    tls_cert_file: Path | None = None
+    """PEM certificate chain of both listeners."""
+    tls_key_file: Path | None = None
+    insecure_plaintext: bool = False
+    """Listen off loopback without TLS: the token and every prompt cross the network readable."""
+    token_file: Path | None = None
+    """A file that holds the bearer token; None: the launcher makes one."""
+
+    @property
+    def uses_tls(self) -> bool:
+        return self.tls_cert_file is not None
+
+    @model_validator(mode="after")
+    def _tls_comes_in_pairs(self) -> GatewaySettings:
+        if (self.tls_cert_file is None) != (self.tls_key_file is None):
+            given, absent = (
+                ("tls_key_file", "tls_cert_file")
+                if self.tls_cert_file is None
+                else ("tls_cert_file", "tls_key_file")
+            )
+            raise ValueError(f"{given} is set without {absent}; TLS needs both")
+        return self
+
+    @model_validator(mode="after")
+    def _plaintext_stays_on_loopback(self) -> GatewaySettings:
+        if not (is_loopback(self.host) or self.uses_tls or self.insecure_plaintext):
+            raise ValueError(
+                f"host ({self.host}) is not loopback and TLS is off: the token and every prompt "
+                "would cross the network readable. Set tls_cert_file and tls_key_file, or "
+                "insecure_plaintext: true where the network itself is trusted"
+            )
+        return self
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a listener on `host` can be reached from this machine only.
+
+    A name other than localhost is not looked up: what it resolves to can change.
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,279 @@
+"""From settings to a serving deployment, and back to nothing.
+
+`run` opens the checkpoint, joins or starts Ray, finds devices, plans, opens the gateway (which
+answers "loading" at once), deploys the fleet and serves until told to stop. What it started, it
+stops, in the opposite order, also when a step fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.engine.batching import LaneLimits
+from actors.engine.checkpoint import Checkpoint
+from actors.fleet import Fleet, FleetSpec, deploy
+from cluster.backend import ModelInfo
+from cluster.config import ConfigError, MotleyConfig
+from cluster.dispatch import Dispatcher
+from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
+from cluster.gateway.server import serve
+from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
+from cluster.inventory import LOCAL, find_devices, find_hosts
+from cluster.planning import dtype_bytes, make_plan
+from placement.stages import StagesPlan
+from placement.topology import Device
+from placement.workload import ModelProfile
+
+_log = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parent.parent
+_PROGRESS_EVERY_S = 0.2
+_WATCH_EVERY_S = 0.5
+_CLOSE_GRACE_S = 2.0
+
+OnEvent = Callable[[LaunchEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What is running, for whoever launched it in this process."""
+
+    plan: StagesPlan
+    profile: ModelProfile
+    devices: tuple[Device, ...]
+    limits: LaneLimits
+    dispatcher: Dispatcher
+    fleet: Fleet
+    tokenizer: Tokenizer
+    http_url: str
+    grpc_target: str
+    token: str
+
+
+def run(config: MotleyConfig, on_event: OnEvent) -> None:
+    """Serve until SIGINT or SIGTERM; returns when everything is gone.
+
+    Raises:
+        ConfigError, CheckpointError, InfeasiblePlanError, FleetError: It could not start.
+    """
+    asyncio.run(_run(config, on_event))
+
+
+async def _run(config: MotleyConfig, on_event: OnEvent) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    launching = asyncio.create_task(_until_stopped(config, on_event, stopping))
+    interrupted = asyncio.create_task(stopping.wait())
+    await asyncio.wait((launching, interrupted), return_when=asyncio.FIRST_COMPLETED)
+    interrupted.cancel()
+    await launching
+    on_event(Stopped("signal"))
+
+
+async def _until_stopped(config: MotleyConfig, on_event: OnEvent, stopping: asyncio.Event) -> None:
+    async with deployment(config, on_event) as running:
+        watching = asyncio.create_task(_watch(running))
+        await stopping.wait()
+        watching.cancel()
+
+
+@asynccontextmanager
+async def deployment(
+    config: MotleyConfig, on_event: OnEvent = lambda _: None
+) -> AsyncIterator[Deployment]:
+    """Bring a deployment up in this process; leaving the block takes it down."""
+    started_s = time.monotonic()
+    token = _token(config)
+    async with AsyncExitStack() as stack:
+        # Headers only, so a bad checkpoint is refused before Ray starts.
+        checkpoint = await asyncio.to_thread(_open, config)
+        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, checkpoint.path))
+        stack.callback(loading.cancel)
+        await stack.enter_async_context(_ray(config))
+        hosts = await asyncio.to_thread(find_hosts)
+        devices = await asyncio.to_thread(find_devices, config, hosts)
+        width = dtype_bytes(config.engine, [device.kind for device in devices])
+        profile = checkpoint.profile(dtype_bytes=width)
+        plan = make_plan(config, profile, devices)
+        on_event(Planned(plan))
+        limits = lane_limits(config, checkpoint, plan)
+        info = _model_info(config, checkpoint, limits, width)
+        dispatcher = Dispatcher(info, plan, limits)
+        stack.push_async_callback(dispatcher.close)
+        monitor = dispatcher.open(hosts[LOCAL].address)
+        tokenizer = await loading
+        gateway = await serve(dispatcher, tokenizer, config.gateway, token)
+        stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
+        spec = FleetSpec(
+            plan=plan,
+            devices={device.id: device for device in devices},
+            hosts=hosts,
+            lane_node=LOCAL,
+            profile=profile,
+            model=str(checkpoint.path),
+            engine=config.engine,
+            limits=limits,
+            num_lanes=config.plan.lanes,
+            tokenizer_json=tokenizer.to_json(),
+            monitor=monitor,
+            keys=dispatcher.keys,
+        )
+        fleet = await _deploy(spec, config.ray.start_timeout_s, dispatcher, on_event)
+        stack.push_async_callback(asyncio.to_thread, fleet.stop)
+        dispatcher.connect(fleet.lane_addresses)
+        await dispatcher.serving.wait()
+        on_event(Ready(gateway.http_url, gateway.grpc_target, token, time.monotonic() - started_s))
+        yield Deployment(
+            plan=plan,
+            profile=profile,
+            devices=tuple(devices),
+            limits=limits,
+            dispatcher=dispatcher,
+            fleet=fleet,
+            tokenizer=tokenizer,
+            http_url=gateway.http_url,
+            grpc_target=gateway.grpc_target,
+            token=token,
+        )
+
+
+def lane_limits(config: MotleyConfig, checkpoint: Checkpoint, plan: StagesPlan) -> LaneLimits:
+    """Return the numbers of each lane: as many KV blocks as fit, no more than it can use."""
+    engine = config.engine
+    declared = checkpoint.max_model_tokens
+    max_tokens = min(engine.max_model_tokens or declared, declared)
+    size = engine.kv_block_tokens
+    usable = -(-max_tokens // size) * engine.max_running
+    fitting = plan.kv_tokens_capacity // (config.plan.lanes * size)
+    return LaneLimits(
+        num_blocks=engine.num_kv_blocks or max(2, min(usable, fitting)),
+        block_tokens=size,
+        max_running=engine.max_running,
+        max_step_tokens=engine.max_step_tokens,
+        max_model_tokens=max_tokens,
+        max_waiting=engine.max_waiting,
+        prefix_cache=engine.prefix_cache,
+        eos_token_ids=checkpoint.eos_token_ids,
+    )
+
+
+async def _deploy(
+    spec: FleetSpec, timeout_s: float, dispatcher: Dispatcher, on_event: OnEvent
+) -> Fleet:
+    """Deploy in a thread while telling how far each stage has loaded."""
+    deploying = asyncio.create_task(asyncio.to_thread(deploy, spec, timeout_s=timeout_s))
+    told: dict[int, float] = {}
+    while not deploying.done():
+        await asyncio.wait((deploying,), timeout=_PROGRESS_EVERY_S)
+        for stage in (await dispatcher.status()).stages:
+            if stage.loaded_fraction > told.get(stage.index, -1.0):
+                told[stage.index] = stage.loaded_fraction
+                on_event(StageProgress(stage.index, stage.device, stage.loaded_fraction))
+    return await deploying
+
+
+async def _watch(running: Deployment) -> None:
+    """Turn the death of a stage or lane into a clear refusal of its requests."""
+    while True:
+        reason = await asyncio.to_thread(running.fleet.lost, _WATCH_EVERY_S)
+        if reason is not None:
+            _log.error("%s", reason)
+            running.dispatcher.fail(reason)
+
+
+def _open(config: MotleyConfig) -> Checkpoint:
+    return Checkpoint.open(
+        config.model, allow_unverified=config.engine.allow_unverified_architectures
+    )
+
+
+def _model_info(
+    config: MotleyConfig, checkpoint: Checkpoint, limits: LaneLimits, width: int
+) -> ModelInfo:
+    dtype = config.engine.dtype
+    return ModelInfo(
+        name=config.served_name,
+        architecture=checkpoint.architecture,
+        vocab_size=checkpoint.vocab_size,
+        num_layers=checkpoint.num_layers,
+        max_model_tokens=limits.max_sequence_tokens,
+        eos_token_ids=checkpoint.eos_token_ids,
+        num_parameters=checkpoint.num_parameters,
+        dtype=dtype if dtype != "auto" else ("bfloat16" if width == 2 else "float32"),
+        created_unix_s=int((checkpoint.path / "config.json").stat().st_mtime),
+    )
+
+
+def _token(config: MotleyConfig) -> str:
+    """Return the bearer token: the configured file's, or a new one for this run."""
+    file = config.gateway.token_file
+    if file is None:
+        return secrets.token_urlsafe(24)
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"gateway.token_file: {error}") from error
+    if not token:
+        raise ConfigError(f"gateway.token_file: {file} is empty; put a secret in it")
+    return token
+
+
+@asynccontextmanager
+async def _ray(config: MotleyConfig) -> AsyncIterator[None]:
+    """Join the configured cluster (or the job's own), or start one here and stop it at the end."""
+    if ray.is_initialized():
+        yield
+        return
+    await asyncio.to_thread(ray.init, **_ray_options(config))
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(ray.shutdown)
+
+
+def _ray_options(config: MotleyConfig) -> dict[str, Any]:
+    settings = config.ray
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    environment = {"OMP_NUM_THREADS": str(config.engine.cpu_threads)}
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if in_job or address is not None:
+        options["address"] = address or "auto"
+        if not in_job:
+            # A submitted job's workers get its working directory; these must be told.
+            options["runtime_env"] = {"env_vars": environment | _python_path()}
+        return options
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(environment)
+    options |= {
+        "num_cpus": settings.num_cpus or _local_cpus(config),
+        "include_dashboard": False,
+        "runtime_env": {"env_vars": _python_path()},
+    }
+    if settings.object_store_bytes is not None:
+        options["object_store_memory"] = settings.object_store_bytes
+    return options
+
+
+def _local_cpus(config: MotleyConfig) -> int:
+    """One worker for each stage and lane may start at once; none waits for a logical CPU."""
+    return len(config.devices or (None,)) + config.plan.lanes
+
+
+def _python_path(extra: Sequence[str] = ()) -> dict[str, str]:
+    """Make workers on this machine import the packages that this process imports."""
+    known = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *extra, *([known] if known else [])])}

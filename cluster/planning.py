@@ -1,0 +1,134 @@
+"""Settings and a model profile to a plan; shared by `motley plan` and by the launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from actors.engine.config import EngineConfig
+from cluster.config import ConfigError, DeviceSpec, MotleyConfig
+from placement.errors import InfeasiblePlanError
+from placement.stages import StagesPlan, plan_stages
+from placement.topology import Device, DeviceKind, Link, Topology
+from placement.workload import ModelProfile, ServingWorkload
+
+
+def declared_device(spec: DeviceSpec) -> Device:
+    """Return the device as declared.
+
+    Raises:
+        ConfigError: Some figure is left to be measured.
+    """
+    if spec.flops_per_s is None or spec.memory_bytes_per_s is None or spec.memory_bytes is None:
+        raise ConfigError(
+            f"device {spec.id} declares no {', '.join(spec.missing_figures)}: they are measured at "
+            f"`motley up`. Declare them to plan offline"
+        )
+    return Device(
+        id=spec.id,
+        node=spec.node,
+        kind=spec.kind,
+        flops_per_s=spec.flops_per_s,
+        memory_bytes_per_s=spec.memory_bytes_per_s,
+        memory_bytes=spec.memory_bytes,
+    )
+
+
+def declared_devices(config: MotleyConfig) -> tuple[Device, ...]:
+    """Return the devices of a configuration that declares every figure.
+
+    Raises:
+        ConfigError: No devices, or devices with figures left to be measured (all are named).
+    """
+    if config.devices is None:
+        raise ConfigError(
+            "devices is not set: they are found and measured at `motley up`. Declare devices "
+            "with flops_per_s, memory_bytes_per_s and memory_bytes to plan offline"
+        )
+    unmeasured = [spec.id for spec in config.devices if spec.missing_figures]
+    if unmeasured:
+        raise ConfigError(
+            f"devices {', '.join(unmeasured)} have no figures: they are measured at `motley up`. "
+            f"Declare flops_per_s, memory_bytes_per_s and memory_bytes to plan offline"
+        )
+    return tuple(declared_device(spec) for spec in config.devices)
+
+
+def declared_topology(config: MotleyConfig) -> Topology:
+    """Return the declared devices with the declared links; raises like `declared_devices`."""
+    return topology_of(config, declared_devices(config))
+
+
+def topology_of(config: MotleyConfig, devices: Sequence[Device]) -> Topology:
+    """Join devices (declared or measured) with the declared links."""
+    links = tuple(
+        Link(
+            source_node=link.source_node,
+            target_node=link.target_node,
+            bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
+            latency_s=link.latency_s,
+        )
+        for link in config.links
+    )
+    return Topology(devices=tuple(devices), links=links)
+
+
+def serving_workload(config: MotleyConfig) -> ServingWorkload:
+    """Return the load to plan for; KV is reserved in whole blocks."""
+    engine, plan = config.engine, config.plan
+    if engine.num_kv_blocks is not None:
+        blocks_per_lane = engine.num_kv_blocks
+    else:
+        blocks_per_sequence = -(-plan.context_tokens // engine.kv_block_tokens)
+        blocks_per_lane = plan.sequences_per_lane * blocks_per_sequence
+    return ServingWorkload(
+        lanes=plan.lanes,
+        sequences_per_lane=plan.sequences_per_lane,
+        context_tokens_per_sequence=plan.context_tokens,
+        kv_tokens=plan.lanes * blocks_per_lane * engine.kv_block_tokens,
+        step_tokens=engine.max_step_tokens,
+    )
+
+
+def dtype_bytes(engine: EngineConfig, kinds: Iterable[DeviceKind]) -> int:
+    """Return the bytes of one weight; "auto" is 2 only when every device is CUDA."""
+    if engine.dtype == "auto":
+        return 2 if set(kinds) == {"cuda"} else 4
+    return 4 if engine.dtype == "float32" else 2
+
+
+def make_plan(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]) -> StagesPlan:
+    """Plan the stages of `profile` over `devices`.
+
+    Raises:
+        ConfigError: The plan settings do not suit the model or the devices.
+        InfeasiblePlanError: Nothing fits.
+    """
+    try:
+        return plan_stages(
+            profile,
+            topology_of(config, devices),
+            workload=serving_workload(config),
+            headroom_fraction=config.plan.headroom_fraction,
+            layer_counts=config.plan.layer_counts,
+        )
+    except ValueError as error:
+        raise ConfigError(f"plan: {error}") from error
+
+
+def best_single_device_plan(
+    config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]
+) -> StagesPlan | None:
+    """Return the fastest plan that keeps the whole model on one device; None: it fits none."""
+    plans = []
+    for device in devices:
+        try:
+            plan = plan_stages(
+                profile,
+                Topology(devices=(device,)),
+                workload=serving_workload(config),
+                headroom_fraction=config.plan.headroom_fraction,
+            )
+        except InfeasiblePlanError:
+            continue
+        plans.append(plan)
+    return min(plans, key=lambda plan: plan.bottleneck_s, default=None)
