@@ -99,41 +99,36 @@ class Inbox:
         self._authenticator.configure_curve_callback(
             domain="*", credentials_provider=_KeyHolders(keys.public)
         )
-        self._local = self._socket()
-        self._remote = self._socket()
-        self._remote.curve_server = True
-        self._remote.curve_publickey = keys.public
-        self._remote.curve_secretkey = keys.secret
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.PULL)
+        self._socket.linger = 0
+        self._socket.rcvhwm = _QUEUED_MESSAGES
+        self._socket.maxmsgsize = MAX_PART_BYTES
         self._directory = tempfile.mkdtemp(prefix="motley-")  # created with mode 0700
         ipc = f"ipc://{self._directory}/inbox"
-        self._local.bind(ipc)
-        port = self._remote.bind_to_random_port(f"tcp://{host}")
+        self._socket.bind(ipc)
+        # A bind takes the options of its moment: what follows guards TCP and leaves the unix
+        # socket, which the directory's mode guards, unencrypted.
+        self._socket.curve_server = True
+        self._socket.curve_publickey = keys.public
+        self._socket.curve_secretkey = keys.secret
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.address = Address(name=name, machine=machine_id(), ipc=ipc, tcp=f"tcp://{host}:{port}")
-        self._poller = zmq.Poller()
-        self._poller.register(self._local, zmq.POLLIN)
-        self._poller.register(self._remote, zmq.POLLIN)
 
     def receive(self, timeout_s: float) -> list[memoryview] | None:
         """Return the next message's parts, or None when none came in time."""
-        for source in (self._local, self._remote):
-            if int(source.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
-                return _receive(source)
-        ready = self._poller.poll(max(0, round(timeout_s * 1000)))
-        return _receive(ready[0][0]) if ready else None
+        try:
+            frames = self._socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            if timeout_s <= 0 or not self._socket.poll(round(timeout_s * 1000)):
+                return None
+            frames = self._socket.recv_multipart(copy=False)
+        return [frame.buffer for frame in frames]
 
     def close(self) -> None:
-        self._local.close()
-        self._remote.close()
+        self._socket.close()
         self._authenticator.stop()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
-
-    def _socket(self) -> zmq.Socket[bytes]:
-        made = self._context.socket(zmq.PULL)
-        made.linger = 0
-        made.rcvhwm = _QUEUED_MESSAGES
-        made.maxmsgsize = MAX_PART_BYTES
-        return made
 
 
 class Outbox:
@@ -172,8 +167,3 @@ class Outbox:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _receive(source: zmq.Socket[bytes]) -> list[memoryview]:
-    frames = source.recv_multipart(copy=False)
-    return [frame.buffer for frame in frames]

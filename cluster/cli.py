@@ -13,16 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.text import Text
 
-from cluster.commands.errors import ChecksFailedError, NotReadyError, UnauthorizedError
+from cluster.commands.errors import (
+    ChecksFailedError,
+    NotReadyError,
+    RefusedError,
+    UnauthorizedError,
+)
 from cluster.commands.output import Output
 from cluster.config import ConfigError
 from cluster.runstate import AmbiguousNameError, NotRunningError, RunState, find_state
 from placement.errors import InfeasiblePlanError
+
+if TYPE_CHECKING:
+    from cluster.client import GenerateOptions
+    from cluster.commands.talk import GrpcTarget
 
 app = typer.Typer(
     name="motley",
@@ -71,6 +80,16 @@ TokenOption = Annotated[
 TlsOption = Annotated[
     Path | None,
     typer.Option(envvar="MOTLEY_TLS_CERT", help="PEM certificates to trust."),
+]
+
+MaxTokensOption = Annotated[
+    int | None, typer.Option(min=1, help="Most tokens to generate; in a chat, all that fit.")
+]
+TemperatureOption = Annotated[float | None, typer.Option(min=0, help="0 is greedy.")]
+TopPOption = Annotated[float | None, typer.Option(min=0, max=1)]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Makes the answer repeatable.")]
+StopOption = Annotated[
+    list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")
 ]
 
 
@@ -144,6 +163,54 @@ def plan(config: ConfigOption = None, model: ModelOption = None, as_json: JsonFl
 
 
 @app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help='The text to continue; "-" reads stdin.')],
+    max_tokens: MaxTokensOption = 128,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    name: NameOption = None,
+    target: TargetOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Continue a prompt, streaming to stdout as it is generated."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands import talk
+
+        address = _grpc_target(name, target, token, tls_cert)
+        sampling = _options(max_tokens, temperature, top_p, seed, stop)
+        talk.generate(address, prompt, sampling, output)
+
+
+@app.command()
+def chat(
+    system: Annotated[str | None, typer.Option(help="Instructions ahead of the talk.")] = None,
+    max_tokens: MaxTokensOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    seed: SeedOption = None,
+    stop: StopOption = None,
+    name: NameOption = None,
+    target: TargetOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Talk with the model; /exit or Ctrl-D leaves."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands import talk
+
+        address = _grpc_target(name, target, token, tls_cert)
+        sampling = _options(max_tokens, temperature, top_p, seed, stop)
+        talk.chat(address, system, sampling, output, lambda: output.errors.input("> "))
+
+
+@app.command()
 def doctor(
     config: ConfigOption = None, model: ModelOption = None, as_json: JsonFlag = False
 ) -> None:
@@ -186,6 +253,7 @@ _CODE_OF_ERROR: dict[type[Exception], ExitCode] = {
     NotRunningError: ExitCode.NOT_RUNNING,
     NotReadyError: ExitCode.NOT_READY,
     UnauthorizedError: ExitCode.UNAUTHORIZED,
+    RefusedError: ExitCode.USAGE,
     ChecksFailedError: ExitCode.ERROR,
 }
 
@@ -198,6 +266,40 @@ def _ready_state(name: str | None) -> RunState:
     if not state.is_ready:
         raise NotReadyError(f"{state.name} (process {state.pid}) is still starting; try again")
     return state
+
+
+def _grpc_target(
+    name: str | None, target: str | None, token: str | None, tls_cert: Path | None
+) -> GrpcTarget:
+    """Return what the flags and the environment say, and the run-state file for the rest."""
+    from cluster.commands.talk import GrpcTarget
+
+    if target is None:
+        state = _ready_state(name)
+        target, token = state.grpc_target, token or state.token
+        tls_cert = tls_cert or _path(state.tls_cert_file)
+    return GrpcTarget(target=target, token=token or "", tls_ca_file=tls_cert)
+
+
+def _options(
+    max_tokens: int | None,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: list[str] | None,
+) -> GenerateOptions:
+    options: GenerateOptions = {}
+    if max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    if temperature is not None:
+        options["temperature"] = temperature
+    if top_p is not None:
+        options["top_p"] = top_p
+    if seed is not None:
+        options["seed"] = seed
+    if stop:
+        options["stop"] = stop
+    return options
 
 
 def _path(text: str | None) -> Path | None:

@@ -12,6 +12,7 @@ import logging
 import os
 import secrets
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -41,6 +42,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PROGRESS_EVERY_S = 0.2
 _WATCH_EVERY_S = 0.5
 _CLOSE_GRACE_S = 2.0
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 OnEvent = Callable[[LaunchEvent], None]
 
@@ -73,7 +75,7 @@ def run(config: MotleyConfig, on_event: OnEvent) -> None:
 async def _run(config: MotleyConfig, on_event: OnEvent) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _STOP_SIGNALS:
         loop.add_signal_handler(number, stopping.set)
     launching = asyncio.create_task(_until_stopped(config, on_event, stopping))
     interrupted = asyncio.create_task(stopping.wait())
@@ -237,7 +239,12 @@ async def _ray(config: MotleyConfig) -> AsyncIterator[None]:
     if ray.is_initialized():
         yield
         return
+    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
     await asyncio.to_thread(ray.init, **_ray_options(config))
+    # Ray installs a crash reporter for SIGTERM, which is our ordinary way to stop.
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     try:
         yield
     finally:
@@ -246,7 +253,7 @@ async def _ray(config: MotleyConfig) -> AsyncIterator[None]:
 
 def _ray_options(config: MotleyConfig) -> dict[str, Any]:
     settings = config.ray
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.WARNING}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     environment = {"OMP_NUM_THREADS": str(config.engine.cpu_threads)}
     in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     address = settings.address or os.environ.get("RAY_ADDRESS")

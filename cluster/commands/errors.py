@@ -13,3 +13,7 @@ class NotReadyError(RuntimeError):
 
 class ChecksFailedError(RuntimeError):
     """`motley doctor` found something that will not work."""
+
+
+class RefusedError(RuntimeError):
+    """The deployment cannot serve the request as asked."""

@@ -19,9 +19,7 @@ def read_token(path: Path) -> str:
     try:
         token = path.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"the token file {path} cannot be read ({error}); set token_file"
-        ) from None
+        raise ValueError(f"token_file {path} cannot be read: {error}") from None
     check_token(token, source=f"the token in {path}")
     return token
 

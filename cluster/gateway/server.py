@@ -179,16 +179,25 @@ def _http_server(app: FastAPI, settings: GatewaySettings) -> _HttpServer:
 
 def _bind_http(settings: GatewaySettings) -> socket.socket:
     host = settings.host.strip("[]")
+    # asyncio turns Nagle's delay off only on sockets that name TCP as their protocol; with the
+    # delay on, every event of a stream can wait 40 ms for the client's acknowledgement.
+    listener = None
     try:
-        [(family, *_, address), *_] = socket.getaddrinfo(
-            host, settings.http_port, type=socket.SOCK_STREAM
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, settings.http_port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP
         )
-        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(_BACKLOG)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         raise OSError(
             f"cannot listen on {_bracketed(host)}:{settings.http_port}: {error}; "
             "set gateway.http_port to another port, or 0 for a free one"
         ) from None
+    return listener
 
 
 def _bind_grpc(server: Any, settings: GatewaySettings) -> int:

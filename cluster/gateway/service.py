@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_COMPLETION_TOKENS = 16
 """max_tokens of a completion that names none, as in the OpenAI API."""
 
-_STATUS_TIMEOUT_S = 5.0
+STATUS_TIMEOUT_S = 5.0
 _RETRY_AFTER_SHUTDOWN_S = 5.0
 _INLINE_CHARACTERS = 16_384
 """Longer text is tokenized in a thread, so that other streams keep flowing meanwhile."""
@@ -94,12 +94,14 @@ class GatewayService:
         metrics: GatewayMetrics | None = None,
         new_seed: Callable[[], int] = random_seed,
         monotonic_s: Callable[[], float] = time.monotonic,
+        status_timeout_s: float = STATUS_TIMEOUT_S,
     ) -> None:
         self.tokenizer = tokenizer
         self.metrics = metrics or GatewayMetrics()
         self._backend = backend
         self._new_seed = new_seed
         self._monotonic_s = monotonic_s
+        self._status_timeout_s = status_timeout_s
         self._in_flight: set[str] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -114,10 +116,10 @@ class GatewayService:
     async def status(self) -> DeploymentStatus:
         """Return a snapshot; a deployment that does not answer in time is not ready."""
         try:
-            async with asyncio.timeout(_STATUS_TIMEOUT_S):
+            async with asyncio.timeout(self._status_timeout_s):
                 return await self._backend.status()
         except TimeoutError:
-            reason = f"the deployment did not report its status within {_STATUS_TIMEOUT_S:g} s"
+            reason = f"the deployment did not report its status within {self._status_timeout_s:g} s"
         except Unavailable as error:
             reason = error.message
         return DeploymentStatus(ready=False, reason=reason)

@@ -7,13 +7,13 @@ such places are counted and must be rare.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from identity import Expected, check_identical, generate
 from tiny_models import ARCHITECTURES, MOE
 
 from actors.engine.batch import Rows, StepBatch
@@ -24,19 +24,10 @@ from actors.engine.requests import Request, SamplingParams
 
 pytestmark = pytest.mark.engine
 
-NEAR_TIE = 1e-4
 CUTS = {1: (), 2: (4,), 3: (1, 4), 4: (3, 4, 5)}
 NUM_NEW = 16
 # A prompt longer than every sliding window, one of a single token, and shared beginnings.
 LENGTHS = (1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 31, 33, 40, 48, 60)
-
-
-@dataclass(frozen=True)
-class Expected:
-    """What transformers generates greedily, and how far apart its two best logits were."""
-
-    tokens: list[int]
-    gaps: list[float]
 
 
 def prompts(seed: int = 0) -> list[tuple[int, ...]]:
@@ -49,35 +40,6 @@ def prompts(seed: int = 0) -> list[tuple[int, ...]]:
     return out
 
 
-def generate(model: Any, prompt: Sequence[int], num_new: int = NUM_NEW) -> Expected:
-    ids = torch.tensor([list(prompt)])
-    out = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        do_sample=False,
-        max_new_tokens=num_new,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    best = torch.stack(out.logits)[:, 0].topk(2, dim=-1).values
-    return Expected(out.sequences[0, len(prompt) :].tolist(), (best[:, 0] - best[:, 1]).tolist())
-
-
-def check_identical(expected: Sequence[Expected], got: Sequence[list[int]]) -> None:
-    total = near_ties = 0
-    for want, tokens in zip(expected, got, strict=True):
-        for i, (a, b) in enumerate(zip(want.tokens, tokens, strict=False)):
-            total += 1
-            if a != b:
-                assert want.gaps[i] < NEAR_TIE, f"token {i}: {a} wanted, {b} drawn"
-                near_ties += 1
-                break  # what follows a legitimate parting is another text
-        else:
-            assert len(want.tokens) == len(tokens)
-    print(f"{near_ties} near ties in {total} tokens")
-    assert near_ties * 100 < total
-
-
 @pytest.fixture(scope="module")
 def expected(
     checkpoint_dir: Callable[..., Path], reference: Callable[[Path], Any]
@@ -87,7 +49,7 @@ def expected(
     def make(model_type: str) -> list[Expected]:
         if model_type not in made:
             model = reference(checkpoint_dir(model_type))
-            made[model_type] = [generate(model, prompt) for prompt in prompts()]
+            made[model_type] = [generate(model, prompt, NUM_NEW) for prompt in prompts()]
         return made[model_type]
 
     return make
@@ -106,9 +68,7 @@ def test_batch_of_16_with_chunks_preemption_and_shared_prefixes(
     checkpoint_dir: Callable[..., Path],
     expected: Callable[[str], list[Expected]],
 ) -> None:
-    tight = EngineConfig(
-        kv_block_tokens=4, num_kv_blocks=40, max_running=16, max_step_tokens=20
-    )
+    tight = EngineConfig(kv_block_tokens=4, num_kv_blocks=40, max_running=16, max_step_tokens=20)
     checkpoint = Checkpoint.open(str(checkpoint_dir(model_type)))
     pipeline = LocalPipeline(checkpoint, CUTS[num_stages], config=tight)
 

@@ -51,9 +51,18 @@ class FakeBackend:
         """Tokens after which a choice ends with finish_reason "error"."""
         self.hang_after: int | None = None
         """Tokens after which nothing comes until the request is aborted or closed."""
-        self.lowest_logprob = -10.0
+        self.first_logprob = -0.5
+        self.reply_stops_short = False
+        """End the stream with no choice finished."""
         self.is_ready = True
         self._aborts: dict[str, asyncio.Event] = {}
+        self._released = False
+
+    def release(self) -> None:
+        """Let hanging requests go on."""
+        self._released = True
+        for event in self._aborts.values():
+            event.set()
 
     def model_info(self) -> ModelInfo:
         return ModelInfo(
@@ -106,25 +115,27 @@ class FakeBackend:
         self.requests.append(request)
         if self.refusal is not None:
             raise self.refusal
+        if self.reply_stops_short:
+            return
         aborted = self._aborts[request.id] = asyncio.Event()
         try:
-            for position in range(len(self.reply) + 2):
-                for index in range(request.n):
+            running = set(range(request.n))
+            for position in range(MAX_MODEL_TOKENS):
+                for index in sorted(running):
                     output = await self._output(request, index, position, aborted)
-                    if output is not None:
-                        yield output
+                    if output.finish_reason is not None:
+                        running.discard(index)
+                    yield output
         finally:
             del self._aborts[request.id]
             self.closed.append(request.id)
 
     async def _output(
         self, request: Request, index: int, position: int, aborted: asyncio.Event
-    ) -> RequestOutput | None:
-        """Return what choice `index` does at `position`; None once it has ended."""
+    ) -> RequestOutput:
+        """Return what choice `index` does at `position`."""
         tokens = (*self.reply.encode(), EOS)
         end = min(len(tokens), request.sampling.max_tokens)
-        if position > max(0, end - 1):
-            return None
         if position == self.crash_after:
             raise ZeroDivisionError("a secret detail")
         if position == self.fail_after:
@@ -133,7 +144,7 @@ class FakeBackend:
             )
         if position == self.hang_after:
             await aborted.wait()
-        if aborted.is_set():
+        if aborted.is_set() and not self._released:
             return RequestOutput(id=request.id, index=index, finish_reason="abort")
         await asyncio.sleep(0)
         return self._token(request, index, position, tokens, end)
@@ -156,7 +167,9 @@ class FakeBackend:
             id=request.id,
             index=index,
             tokens=token,
-            text="" if is_eos else bytes(token).decode(),
+            text=_text(tokens[: position + 1]).removeprefix(_text(tokens[:position]))
+            if end
+            else "",
             logprobs=()
             if sampling.logprobs is None
             else tuple(self._entry(t, position, sampling.logprobs) for t in token),
@@ -166,9 +179,14 @@ class FakeBackend:
         )
 
     def _entry(self, token: int, position: int, k: int) -> TokenLogprob:
-        logprob = max(-0.5 - position, self.lowest_logprob)
+        logprob = self.first_logprob - position
         top = tuple(((token + i) % 256, logprob - i) for i in range(k))
         return TokenLogprob(token, logprob, top)
+
+
+def _text(tokens: tuple[int, ...]) -> str:
+    """The whole characters so far, as a lane sends them: text lags behind its bytes."""
+    return bytes(token for token in tokens if token != EOS).decode(errors="ignore")
 
 
 def byte_tokenizer() -> tokenizers.Tokenizer:
@@ -290,7 +308,7 @@ def eventually() -> Callable[[Callable[[], bool]], Any]:
 
     async def wait(holds: Callable[[], bool]) -> None:
         async with asyncio.timeout(3):
-            while not holds():
+            while not holds():  # noqa: ASYNC110  # the fake has no event for each fact
                 await asyncio.sleep(0.005)
 
     return wait
