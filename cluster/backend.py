@@ -5,7 +5,7 @@ The dispatcher over real lanes implements it (`cluster.dispatch`); a fake one se
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -103,7 +103,7 @@ class Backend(Protocol):
 
     async def status(self) -> DeploymentStatus: ...
 
-    def generate(self, request: Request) -> AsyncIterator[RequestOutput]:
+    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Admit the request and stream its outputs until every choice has finished.
 
         Closing the iterator early (or cancelling the task) aborts the request and frees its

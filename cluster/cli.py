@@ -106,12 +106,14 @@ def up(
     output = Output(as_json=as_json)
     with _reporting(output):
         from cluster.commands.settings import chosen_config
-        from cluster.commands.up import bring_up
-        from cluster.launch import run
 
         settings, source = chosen_config(
             config, model, name=name, http_port=http_port, grpc_port=grpc_port
         )
+        # Ray and torch take seconds to import; settings that cannot work are refused before.
+        from cluster.commands.up import bring_up
+        from cluster.launch import run
+
         bring_up(settings, source, output, run)
 
 

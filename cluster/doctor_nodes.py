@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Sequence
 
 import ray
@@ -12,19 +13,41 @@ from cluster.doctor_checks import Check, compare_nodes
 
 Versions = dict[str, str | None]
 _ANSWER_TIMEOUT_S = 60.0
+_CONNECT_TIMEOUT_S = 5.0
 
 
 def check_nodes(address: str, packages: Sequence[str]) -> list[Check]:
     """Ask each live node for its versions and compare them."""
+    error = _connect_error(address)
+    return _join_and_ask(address, packages) if error is None else [_not_joined(address, error)]
+
+
+def _join_and_ask(address: str, packages: Sequence[str]) -> list[Check]:
     try:
         ray.init(address=address, log_to_driver=False, configure_logging=False)
     except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-        advice = "set ray.address, RAY_AUTH_MODE=token and the cluster's token"
-        return [Check("ray cluster", "fail", f"{address} cannot be joined ({error}); {advice}")]
+        return [_not_joined(address, error)]
     try:
         return _ask_nodes(packages)
     finally:
         ray.shutdown()
+
+
+def _connect_error(address: str) -> OSError | None:
+    """Try the address first: Ray itself retries a dead one for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not port.isdecimal():
+        return None  # "auto" and the like: Ray looks the address up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def _not_joined(address: str, error: Exception) -> Check:
+    advice = "set ray.address, RAY_AUTH_MODE=token and the cluster's token"
+    return Check("ray cluster", "fail", f"{address} cannot be joined ({error}); {advice}")
 
 
 def _ask_nodes(packages: Sequence[str]) -> list[Check]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import secrets
 import signal
 import threading
 import time
@@ -29,6 +28,7 @@ from cluster.backend import ModelInfo
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
+from cluster.gateway.auth import new_token, read_token
 from cluster.gateway.server import serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import LOCAL, find_devices, find_hosts
@@ -223,14 +223,11 @@ def _token(config: MotleyConfig) -> str:
     """Return the bearer token: the configured file's, or a new one for this run."""
     file = config.gateway.token_file
     if file is None:
-        return secrets.token_urlsafe(24)
+        return new_token()
     try:
-        token = file.read_text(encoding="utf-8").strip()
-    except OSError as error:
+        return read_token(file)
+    except ValueError as error:
         raise ConfigError(f"gateway.token_file: {error}") from error
-    if not token:
-        raise ConfigError(f"gateway.token_file: {file} is empty; put a secret in it")
-    return token
 
 
 @asynccontextmanager

@@ -55,10 +55,7 @@ def decode_tensor(description: bytes | memoryview, data: memoryview) -> torch.Te
         raise FrameError(f"shape {shape} of {word} needs {expected_bytes} bytes, got {data.nbytes}")
     if expected_bytes == 0:
         return torch.empty(shape, dtype=dtype)
-    with warnings.catch_warnings():
-        # The buffer is read-only and stays so: a stage copies before it computes in place.
-        warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)
-        return torch.frombuffer(data, dtype=dtype).view(shape)
+    return torch.frombuffer(data, dtype=dtype).view(shape)
 
 
 def _is_shape(shape: object) -> bool:
@@ -69,3 +66,10 @@ def _is_shape(shape: object) -> bool:
             isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape
         )
     )
+
+
+# torch warns once a process that a received buffer is read-only. It stays so: a stage copies
+# before it computes in place.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    torch.frombuffer(bytes(1), dtype=torch.uint8)

@@ -87,12 +87,7 @@ class LaneCore:
     def fail_all(self, message: str) -> list[RequestOutput]:
         """End everything with an error (a stage is lost) and forget the step in flight."""
         self._in_flight = None
-        outputs = []
-        for request_id in self._scheduler.requests():
-            ended = self._scheduler.abort(request_id)
-            outputs += [self._last(choice, "error", error=message) for choice in ended]
-            self._forget(request_id)
-        return outputs
+        return [out for id_ in self._scheduler.requests() for out in self._fail(id_, message)]
 
     def expire(self, now_s: float) -> list[RequestOutput]:
         """End the requests whose deadline has passed, with what they have."""
@@ -129,9 +124,7 @@ class LaneCore:
         outputs = []
         for choice in step.sequences:
             if choice.phase != "finished":
-                self._scheduler.finish(choice)
-                outputs.append(self._last(choice, "error", error=message))
-                self._forget_if_done(choice.request.id)
+                outputs += self._fail(choice.request.id, message)
         return outputs
 
     def overdue_s(self, now_s: float) -> float:
@@ -209,6 +202,12 @@ class LaneCore:
             stop_reason=stop_reason,
             error=error,
         )
+
+    def _fail(self, request_id: str, message: str) -> list[RequestOutput]:
+        ended = self._scheduler.abort(request_id)
+        outputs = [self._last(choice, "error", error=message) for choice in ended]
+        self._forget(request_id)
+        return outputs
 
     def _forget_if_done(self, request_id: str) -> None:
         if not self._scheduler.live(request_id):

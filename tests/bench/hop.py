@@ -5,11 +5,16 @@ Run: python tests/bench/hop.py [--quick]
 Every transport runs between the same two Ray actors (two processes), in turns. The wire and TCP
 figures are half a round trip of equal payloads; the Ray figure is one call that carries the
 payload and returns nothing. The wire's time includes encoding and decoding the tensor.
+
+Measured twice: with each actor on a core of its own, as two busy stages are, and left to the
+kernel, which puts both ends of a raw TCP ping-pong on one core and so saves it the wake-up of
+another: an idle pair's best case, which no pipeline sees.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import socket
 import time
@@ -30,8 +35,10 @@ PAYLOAD_ROW = 1_024
 class Peer:
     """One end of every transport."""
 
-    def __init__(self, keys: wire.WireKeys) -> None:
+    def __init__(self, keys: wire.WireKeys, core: int | None) -> None:
         torch.set_num_threads(1)
+        if core is not None:
+            os.sched_setaffinity(0, {core})  # inherited by the sockets' threads, made below
         self._keys = keys
         self._inbox = wire.Inbox("peer", keys)
         self._outbox: wire.Outbox | None = None
@@ -107,16 +114,16 @@ def _read_exactly(connection: socket.socket, buffer: bytearray) -> None:
         view = view[connection.recv_into(view) :]
 
 
-def measure(rounds: int, repeats: int) -> list[Figure]:
+def measure(label: str, cores: tuple[int | None, ...], rounds: int, repeats: int) -> list[Figure]:
     keys = wire.WireKeys.make()
-    actor = ray.remote(num_cpus=0)(Peer)
-    near, far = actor.remote(keys), actor.remote(keys)
+    actor: Any = ray.remote(num_cpus=0)(Peer)
+    near, far = (actor.remote(keys, core) for core in cores)
     (near_address, _), (far_address, far_port) = ray.get(
         [near.address.remote(), far.address.remote()]
     )
     ray.get([near.connect.remote(far_address), far.connect.remote(near_address)])
     figures = []
-    for label, size in SIZES_BYTES.items():
+    for amount, size in SIZES_BYTES.items():
         times: dict[str, list[float]] = {"wire": [], "tcp": [], "ray": []}
         for _ in range(repeats):
             echo = far.echo_tcp.remote(size, rounds)
@@ -128,11 +135,12 @@ def measure(rounds: int, repeats: int) -> list[Figure]:
             times["ray"] += ray.get(near.ping_ray.remote(far, size, max(20, rounds // 5)))
         wire_s, tcp_s, ray_s = (median(times[name]) for name in ("wire", "tcp", "ray"))
         print(
-            f"{label}: wire {wire_s * 1e6:.0f} us, raw TCP {tcp_s * 1e6:.0f} us, "
+            f"{amount}, {label}: wire {wire_s * 1e6:.0f} us, raw TCP {tcp_s * 1e6:.0f} us, "
             f"Ray call {ray_s * 1e6:.0f} us (medians, one way)"
         )
-        figures.append(at_most(f"hop {label}, us, beside raw TCP", wire_s * 1e6, tcp_s * 1e6, 5))
-        figures.append(at_least(f"hop {label}, 1/s, beside a Ray call", 1 / wire_s, 1 / ray_s, 10))
+        name = f"hop {amount}, {label}"
+        figures.append(at_most(f"{name}: us beside raw TCP", wire_s * 1e6, tcp_s * 1e6, 5))
+        figures.append(at_least(f"{name}: 1/s beside a Ray call", 1 / wire_s, 1 / ray_s, 10))
     return figures
 
 
@@ -142,11 +150,14 @@ def main() -> None:
     quick = parser.parse_args().quick
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     ray.init(
-        num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR",
+        num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20,
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "PYTHONPATH": root}},
     )  # fmt: skip
     try:
-        figures = measure(rounds=200 if quick else 1000, repeats=3 if quick else 5)
+        rounds, repeats = (200, 3) if quick else (1000, 5)
+        figures = measure("a core each", (0, 1), rounds, repeats)
+        figures += measure("any core", (None, None), rounds, repeats)
     finally:
         ray.shutdown()
     report(figures)

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ async def run_batch(running: Deployment, batch: int, *, prompt_tokens: int, new_
     start = time.perf_counter()
     times = await asyncio.gather(*(stream(i) for i in range(batch)))
     total_s = time.perf_counter() - start
-    gaps = [b - a for series in times for a, b in zip(series, series[1:], strict=False)]
+    gaps = [b - a for series in times for a, b in pairwise(series)]
     return Run(batch * new_tokens / total_s, gaps, times)
 
 

@@ -7,6 +7,7 @@ go on it. The deployment runs on an event loop in a thread, so tests may be plai
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -42,7 +43,7 @@ def ray_session() -> Iterator[None]:
         include_dashboard=False,
         object_store_memory=80 * 2**20,
         log_to_driver=False,
-        logging_level="ERROR",
+        logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
     )
     yield

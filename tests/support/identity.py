@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,5 +45,5 @@ def check_identical(expected: Sequence[Expected], got: Sequence[list[int]]) -> N
                 break  # what follows a legitimate parting is another text
         else:
             assert len(want.tokens) == len(tokens)
-    print(f"{near_ties} near ties in {total} tokens")
+    sys.stdout.write(f"{near_ties} near ties in {total} tokens\n")
     assert near_ties * 100 < total
