@@ -8,8 +8,8 @@ a later byte of the run is invalid; characters of it that were complete have bee
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Sequence
+from itertools import takewhile
 
 from tokenizers import Tokenizer
 
@@ -67,7 +67,9 @@ class Detokenizer:
     def _pending_text(self) -> str:
         """What the pending tokens add; they may complete a character that the context began."""
         text = self._decode(self._context + self._pending)
-        return text[len(os.path.commonprefix((self._context_text, text))) :]
+        pairs = zip(self._context_text, text, strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        return text[shared:]
 
     def _extend(self, piece: str, *, is_end: bool = False) -> str:
         """Add decoded text, look for stops in what has not been released, release what is safe."""

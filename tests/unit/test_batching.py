@@ -21,6 +21,7 @@ from actors.engine.requests import FinishReason, Request, RequestError, Sampling
 
 EOS = 0
 VOCABULARY = 7
+UNWRITTEN = -1
 
 
 def next_token(history: Sequence[int], draw: Draw) -> int:
@@ -40,7 +41,7 @@ class FakeStage:
 
     def __init__(self, limits: LaneLimits) -> None:
         self.size = limits.block_tokens
-        self.slots: list[int | None] = [None] * (limits.num_blocks * limits.block_tokens)
+        self.slots = [UNWRITTEN] * (limits.num_blocks * limits.block_tokens)
 
     def run(self, batch: StepBatch) -> StepResult:
         batch = StepBatch.decode(batch.encode())
@@ -86,7 +87,7 @@ class FakeStage:
         assert row == len(batch.tokens)
         return starts
 
-    def _context(self, batch: StepBatch, index: int) -> list[int | None]:
+    def _context(self, batch: StepBatch, index: int) -> list[int]:
         entry = batch.rows[index]
         return [
             self.slots[entry.blocks[p // self.size] * self.size + p % self.size]
@@ -95,7 +96,7 @@ class FakeStage:
 
 
 def limits(**changes: Any) -> LaneLimits:
-    base = {
+    base: dict[str, Any] = {
         "num_blocks": 64, "block_tokens": 4, "max_running": 8, "max_step_tokens": 16,
         "max_model_tokens": 64, "eos_token_ids": (EOS,),
     }  # fmt: skip

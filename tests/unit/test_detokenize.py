@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -67,8 +68,14 @@ def ids(text: str, tokenizer: Tokenizer = BYTE_LEVEL) -> list[int]:
     return encoded
 
 
-def single_bytes(text: str, tokenizer: Tokenizer = BYTE_FALLBACK) -> list[int]:
-    return [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
+def named(token: str, tokenizer: Tokenizer = BYTE_FALLBACK) -> int:
+    token_id: int | None = tokenizer.token_to_id(token)
+    assert token_id is not None
+    return token_id
+
+
+def single_bytes(text: str) -> list[int]:
+    return [named(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
 def stream(
@@ -112,7 +119,7 @@ def until_a_stop(
 
 
 def test_a_character_is_held_back_until_its_last_byte() -> None:
-    tokens = single_bytes("\U0001f680", BYTE_FALLBACK)
+    tokens = single_bytes("\U0001f680")
 
     pieces, _ = stream(BYTE_FALLBACK, ids("a", BYTE_FALLBACK), tokens)
 
@@ -129,14 +136,14 @@ def test_an_end_in_the_middle_of_a_character_releases_a_replacement() -> None:
 
 
 def test_a_leading_space_survives_a_decoder_that_strips_it() -> None:
-    prompt = [BYTE_FALLBACK.token_to_id(t) for t in ("\u2581the", "cat")]
-    tokens = [BYTE_FALLBACK.token_to_id(t) for t in ("\u2581a", "\u2581the")]
+    prompt = [named(t) for t in ("\u2581the", "cat")]
+    tokens = [named(t) for t in ("\u2581a", "\u2581the")]
 
     assert stream(BYTE_FALLBACK, prompt, tokens) == ([" a", " the", ""], None)
 
 
 def test_special_tokens_are_not_text() -> None:
-    end = BYTE_LEVEL.token_to_id("<end>")
+    end = named("<end>", BYTE_LEVEL)
 
     pieces, _ = stream(BYTE_LEVEL, [end], [*ids("the"), end, *ids(" cat")])
 
@@ -158,8 +165,8 @@ def test_a_character_begun_by_the_prompt_is_completed_in_the_text() -> None:
 
 
 def test_bytes_that_are_no_text_do_not_stop_a_byte_fallback_decoder() -> None:
-    a = BYTE_FALLBACK.token_to_id("a")
-    invalid = BYTE_FALLBACK.token_to_id("<0xFF>")
+    a = named("a")
+    invalid = named("<0xFF>")
     accented = single_bytes("\u00e9")
 
     pieces, _ = stream(BYTE_FALLBACK, [a], [*accented, invalid, a, a])
@@ -239,7 +246,7 @@ def test_pieces_joined_are_the_text_of_all_tokens_at_once(name: str, data: st.Da
 @example(prompt="\ufffd", text="\ufffda", cut=40)
 def test_valid_text_in_single_bytes_is_streamed_as_it_is(prompt: str, text: str, cut: int) -> None:
     before, tokens = single_bytes(prompt), single_bytes(text)[:cut]
-    pieces, _ = stream(BYTE_FALLBACK, [*before, BYTE_FALLBACK.token_to_id("b")], tokens)
+    pieces, _ = stream(BYTE_FALLBACK, [*before, named("b")], tokens)
 
     whole = bytes(text.encode()[:cut]).decode(errors="ignore")
     joined = "".join(pieces)
@@ -273,7 +280,7 @@ def test_the_text_is_cut_where_the_first_completed_stop_begins(
 ) -> None:
     parts = data.draw(st.lists(st.integers(0, len(text)), max_size=5).map(sorted))
     bounds = [0, *parts, len(text)]
-    tokens = [t for a, b in zip(bounds, bounds[1:], strict=False) for t in ids(text[a:b])]
+    tokens = [t for a, b in pairwise(bounds) for t in ids(text[a:b])]
     prompt = ids("the")
 
     pieces, stop = stream(BYTE_LEVEL, prompt, tokens, stops)

@@ -222,7 +222,7 @@ def test_a_pool_of_nothing_is_refused_with_its_numbers(num_blocks: int, block_to
 
 
 @dataclass(eq=False)
-class Sequence_:
+class Written:
     """Tokens, and how many of them have been written through the table."""
 
     table: BlockTable
@@ -244,14 +244,14 @@ class PoolAgainstShadow(RuleBasedStateMachine):
         self.size = block_tokens
         self.pool = BlockPool(num_blocks, block_tokens, prefix_cache=prefix_cache)
         self.shadow: list[list[int | None]] = [[None] * block_tokens for _ in range(num_blocks)]
-        self.sequences: list[Sequence_] = []
+        self.sequences: list[Written] = []
 
     @rule(tokens=st.lists(TOKEN, min_size=1, max_size=12))
     def match(self, tokens: list[int]) -> None:
         table, covered = self.pool.match(tokens)
         assert covered < len(tokens)
         assert self.read(table, covered) == tokens[:covered]
-        self.sequences.append(Sequence_(table, tokens, covered))
+        self.sequences.append(Written(table, tokens, covered))
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data(), count=st.integers(1, 6))
@@ -285,7 +285,7 @@ class PoolAgainstShadow(RuleBasedStateMachine):
         num_tokens = data.draw(st.integers(1, parent.num_written))
         table = self.pool.fork(parent.table, num_tokens)
         # The last shared token runs again, as in the scheduler, to give its logits.
-        fork = Sequence_(table, parent.tokens[:num_tokens], num_tokens - 1)
+        fork = Written(table, parent.tokens[:num_tokens], num_tokens - 1)
         self.sequences.append(fork)
 
     @precondition(lambda self: self.sequences)
@@ -323,7 +323,7 @@ class PoolAgainstShadow(RuleBasedStateMachine):
         for (_, target), content in zip(growth.copies, contents, strict=True):
             self.shadow[target] = content
 
-    def check_writable(self, writer: Sequence_, block: int) -> None:
+    def check_writable(self, writer: Written, block: int) -> None:
         """Only the writer holds the block, and no look-up may find it."""
         holders = [s for s in self.sequences if block in s.table.blocks]
         assert holders == [writer]

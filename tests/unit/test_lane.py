@@ -1,4 +1,4 @@
-"""A lane's life on a fake clock: text, stops, deadlines, aborts, refusals, and nothing left over."""
+"""A lane on a fake clock: text, stops, deadlines, aborts, refusals, and nothing left over."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 TOKENIZER = byte_tokenizer()
-END: int = TOKENIZER.token_to_id("<end>")
+END = TOKENIZER.get_vocab_size() - 1
 
 
 def ids(text: str) -> tuple[int, ...]:
@@ -58,7 +58,7 @@ class Driver:
     """A lane, the stages behind it and the clock in front of it."""
 
     def __init__(self, model: Model = rambles, **limits: Any) -> None:
-        base = {
+        base: dict[str, Any] = {
             "num_blocks": 64, "block_tokens": 4, "max_running": 8, "max_step_tokens": 32,
             "max_model_tokens": 128, "max_waiting": 16, "eos_token_ids": (END,),
         }  # fmt: skip
@@ -260,11 +260,11 @@ def test_text_joined_is_what_the_tokens_decode_to(
     lane.run()
 
     for id_, index in {(out.id, out.index) for out in lane.outputs}:
-        prompt = ids(texts[int(id_)][:8])
+        asked = ids(texts[int(id_)][:8])
         tokens = [t for out in lane.of(id_, index) for t in out.tokens]
         assert len(tokens) == max_tokens
-        before = TOKENIZER.decode(list(prompt))
-        assert before + lane.text(id_, index) == TOKENIZER.decode([*prompt, *tokens])
+        before = TOKENIZER.decode(list(asked))
+        assert before + lane.text(id_, index) == TOKENIZER.decode([*asked, *tokens])
         assert lane.end(id_, index).finish_reason == "length"
     lane.check_nothing_is_left()
 

@@ -152,4 +152,5 @@ def test_zero_temperature_is_greedy_and_only_penalties_need_the_history() -> Non
     assert not SamplingParams(temperature=1e-9).is_greedy
     assert not SamplingParams(top_k=5, top_p=0.5, min_p=0.1).needs_history
     for penalty in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
-        assert SamplingParams(**{penalty: 0.5}).needs_history
+        how: dict[str, Any] = {penalty: 0.5}
+        assert SamplingParams(**how).needs_history

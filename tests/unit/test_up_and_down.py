@@ -94,7 +94,12 @@ def test_a_failed_launch_leaves_no_state() -> None:
 
 
 def test_json_is_one_event_a_line(plan: StagesPlan, capsys: pytest.CaptureFixture[str]) -> None:
-    events = [Planned(plan), StageProgress(1, "middle", 0.5), READY, Stopped("signal")]
+    events: list[LaunchEvent] = [
+        Planned(plan),
+        StageProgress(1, "middle", 0.5),
+        READY,
+        Stopped("signal"),
+    ]
 
     def launcher(config: MotleyConfig, report: Report) -> None:
         for event in events:
