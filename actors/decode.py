@@ -20,7 +20,7 @@ from actors import wire
 from actors.engine.batch import StepResult
 from actors.engine.batching import LaneLimits
 from actors.engine.lane import LaneCore
-from actors.engine.requests import Request, RequestError, RequestOutput
+from actors.engine.requests import Request, RequestOutput
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -53,6 +53,7 @@ class DecodeWorker:
         self._gateway = wire.Outbox(gateway, keys)
         self._first_stage: wire.Outbox | None = None
         self._stopping = threading.Event()
+        self._failure: Exception | None = None
         self._loop: threading.Thread | None = None
 
     def ready(self) -> wire.Address:
@@ -67,6 +68,8 @@ class DecodeWorker:
     def watch(self) -> None:
         """Block while the lane serves; the caller learns of its death by this call's error."""
         self._stopping.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Stop serving and close the sockets. Safe to call twice."""
@@ -76,6 +79,14 @@ class DecodeWorker:
         self._inbox.close()
 
     def _serve(self) -> None:
+        """Thread: a failure ends the loop and with it `watch`, so that it is noticed."""
+        try:
+            self._take_messages()
+        except Exception as error:  # noqa: BLE001 - raised again by `watch`
+            self._failure = error
+            self._stopping.set()
+
+    def _take_messages(self) -> None:
         reported_s = 0.0
         while not self._stopping.is_set():
             parts = self._inbox.receive(_POLL_S)
@@ -88,6 +99,7 @@ class DecodeWorker:
             step = self._core.next_step(now_s)
             if step is not None and self._first_stage is not None:
                 self._first_stage.send([wire.STEP, step.batch.encode(), _NO_SECONDS])
+            self._publish(self._core.render())
             if now_s - reported_s > _REPORT_EVERY_S:
                 reported_s = now_s
                 self._report()
@@ -101,7 +113,8 @@ class DecodeWorker:
             if kind == wire.RESULT:
                 stage_s = sum(msgpack.unpackb(parts[2]))
                 result = StepResult.from_wire(value[1])
-                return self._core.take_result(value[0], result, now_s=now_s, stage_s=stage_s)
+                self._core.accept_result(value[0], result, now_s=now_s, stage_s=stage_s)
+                return []
             if kind == wire.REQUEST:
                 return self._core.add(Request.from_wire(value), now_s)
             if kind == wire.ABORT:
@@ -110,8 +123,8 @@ class DecodeWorker:
                 return self._core.fail_step(value[0], value[1])
             if kind == wire.FAIL:
                 return self._core.fail_all(value)
-        except (RequestError, ValueError, TypeError, KeyError, IndexError) as error:
-            _log.warning("lane %d dropped a %r message: %s", self._spec.index, kind, error)
+        except (ValueError, TypeError, AttributeError, LookupError) as error:
+            _log.warning("lane %d dropped a %r message: %r", self._spec.index, kind, error)
         return []
 
     def _overdue(self, now_s: float) -> list[RequestOutput]:

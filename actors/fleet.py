@@ -7,13 +7,15 @@ driver's inbox hears loading progress meanwhile. Nothing is left behind when it 
 from __future__ import annotations
 
 import logging
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
@@ -69,6 +71,7 @@ class Fleet:
         self.stages = tuple(stages)
         self.lanes = tuple(lanes)
         self.lane_addresses: tuple[wire.Address, ...] = ()
+        self._stage_addresses: tuple[wire.Address, ...] = ()
         self._watches: dict[Any, str] = {}
 
     def lost(self, timeout_s: float) -> str | None:
@@ -78,9 +81,13 @@ class Fleet:
             return None
         done, _ = ray.wait(list(self._watches), timeout=timeout_s)
         for reference in done:
-            name = self._watches.pop(reference)
+            name = self._watches.pop(reference, None)
+            if name is None:  # stopped meanwhile
+                return None
             try:
                 ray.get(reference)
+            except RayTaskError as error:
+                return f"{name} is lost: {_cause(error)}"
             except RayError as error:
                 return f"{name} is lost: {_first_line(error)}"
         return None
@@ -93,6 +100,8 @@ class Fleet:
         ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
         for actor in actors:
             ray.kill(actor)
+        for address in (*self._stage_addresses, *self.lane_addresses):
+            _remove_folder(address)
 
     def connect(self, deadline_s: float) -> None:
         """Wait until all are ready, then connect lane to stage to stage to lane.
@@ -100,7 +109,7 @@ class Fleet:
         Raises:
             FleetError: An actor failed to start, or the deadline passed.
         """
-        stages = _gather("stage", self.stages, "ready", deadline_s)
+        stages = self._stage_addresses = tuple(_gather("stage", self.stages, "ready", deadline_s))
         self.lane_addresses = tuple(_gather("lane", self.lanes, "ready", deadline_s))
         by_index = dict(enumerate(self.lane_addresses))
         calls = [
@@ -127,8 +136,7 @@ def deploy(spec: FleetSpec, *, timeout_s: float) -> Fleet:
     try:
         fleet.connect(deadline_s)
     except FleetError:
-        for actor in (*stages, *lanes):
-            ray.kill(actor)
+        fleet.stop()
         raise
     return fleet
 
@@ -178,6 +186,13 @@ def _options(host: Host, *, num_gpus: int) -> dict[str, Any]:
         "max_concurrency": 3,
         "scheduling_strategy": affinity,
     }
+
+
+def _remove_folder(address: wire.Address) -> None:
+    """Remove the socket folder of an actor of this machine that could not do so itself."""
+    if address.machine == wire.machine_id():
+        folder = Path(address.ipc.removeprefix("ipc://")).parent
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _gather(kind: str, actors: Sequence[Any], method: str, deadline_s: float) -> list[Any]:

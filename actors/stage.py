@@ -59,13 +59,13 @@ class StageWorker:
         self._spec = spec
         self._keys = keys
         self._monitor = wire.Outbox(monitor, keys)
-        self._inbox = wire.Inbox(f"stage {spec.index}", keys, host=spec.host)
         is_paced = spec.device.kind == "paced"
         cost = stage_cost(spec.device, spec.profile, spec.first_layer, spec.end_layer)
         self._clock = DeviceClock(time.monotonic, time.sleep, cost if is_paced else None)
         self._next: wire.Outbox | None = None
         self._lanes: dict[int, wire.Outbox] = {}
         self._stopping = threading.Event()
+        self._failure: Exception | None = None
         self._loop: threading.Thread | None = None
         self._report(0.0)
         self._slice = StageSlice(
@@ -80,6 +80,8 @@ class StageWorker:
             device="cuda" if spec.device.kind == "cuda" else "cpu",
             on_progress=self._report,
         )
+        # Last: a stage that cannot load leaves no socket behind.
+        self._inbox = wire.Inbox(f"stage {spec.index}", keys, host=spec.host)
 
     def ready(self) -> wire.Address:
         """Return where the stage receives, once the constructor has loaded it."""
@@ -100,6 +102,8 @@ class StageWorker:
     def watch(self) -> None:
         """Block while the stage serves; the caller learns of its death by this call's error."""
         self._stopping.wait()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Stop serving and close the sockets. Safe to call twice."""
@@ -109,6 +113,14 @@ class StageWorker:
         self._inbox.close()
 
     def _serve(self) -> None:
+        """Thread: a failure ends the loop and with it `watch`, so that it is noticed."""
+        try:
+            self._take_steps()
+        except Exception as error:  # noqa: BLE001 - raised again by `watch`
+            self._failure = error
+            self._stopping.set()
+
+    def _take_steps(self) -> None:
         reported_s = 0.0
         while not self._stopping.is_set():
             parts = self._inbox.receive(_POLL_S)
@@ -123,8 +135,9 @@ class StageWorker:
         started_s = time.monotonic()
         try:
             batch = StepBatch.decode(parts[1])
-        except (ValueError, IndexError) as error:
-            _log.warning("stage %d dropped a message: %s", self._spec.index, error)
+            lane = self._lanes[batch.lane]
+        except (ValueError, TypeError, IndexError, KeyError) as error:
+            _log.warning("stage %d dropped a message: %r", self._spec.index, error)
             return
         try:
             if batch.epoch != self._spec.epoch:
@@ -133,13 +146,13 @@ class StageWorker:
                 )
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
             out = self._slice.forward(batch, hidden)
+            occupied_s = self._clock.finish(batch, started_s)
+            seconds = msgpack.packb([*msgpack.unpackb(parts[2]), occupied_s])
+            self._send(batch, parts[1], seconds, out)
         except Exception as error:  # noqa: BLE001 - whatever a step raises, its lane must hear it
-            _log.exception("stage %d failed step %d", self._spec.index, batch.step)
-            self._refuse(batch, error)
-            return
-        occupied_s = self._clock.finish(batch, started_s)
-        seconds = msgpack.packb([*msgpack.unpackb(parts[2]), occupied_s])
-        self._send(batch, parts[1], seconds, out)
+            _log.exception("stage %d failed step %s", self._spec.index, batch.step)
+            text = f"stage {self._spec.index} on {self._spec.device.id}: {error}"
+            lane.send([wire.REFUSED, msgpack.packb([batch.step, text])])
 
     def _send(
         self, batch: StepBatch, step: memoryview, seconds: bytes, out: torch.Tensor | StepResult
@@ -149,10 +162,6 @@ class StageWorker:
             self._lanes[batch.lane].send([wire.RESULT, result, seconds])
         elif self._next is not None:
             self._next.send([wire.STEP, step, seconds, *encode_tensor(out)])
-
-    def _refuse(self, batch: StepBatch, error: Exception) -> None:
-        text = f"stage {self._spec.index} on {self._spec.device.id}: {error}"
-        self._lanes[batch.lane].send([wire.REFUSED, msgpack.packb([batch.step, text])])
 
     def _report(self, loaded_fraction: float, *, active: bool = False) -> None:
         """Tell the driver how far loading is, and what the stage has done."""

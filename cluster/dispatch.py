@@ -51,6 +51,8 @@ class Dispatcher:
         self.keys = wire.WireKeys.make()
         self.serving = asyncio.Event()
         """Set once every stage has said that it serves."""
+        self.lost = asyncio.Event()
+        """Set once a part is lost: nothing is served any more."""
         self._info = info
         self._plan = plan
         self._limits = limits
@@ -79,11 +81,11 @@ class Dispatcher:
     def fail(self, reason: str) -> None:
         """A stage or lane is lost: end what is in flight and take nothing more."""
         self._unavailable = Unavailable(reason, _LOST_RETRY_S)
+        self.lost.set()
         for lane in self._lanes:
             lane.send([wire.FAIL, msgpack.packb(reason)])
-        for request_id, stream in list(self._streams.items()):
+        for request_id, stream in self._streams.items():
             error = RequestOutput(id=request_id, finish_reason="error", error=reason)
-            stream.open_choices = 1
             stream.outputs.put_nowait(error)
 
     async def close(self) -> None:
@@ -113,6 +115,8 @@ class Dispatcher:
                     stream.open_choices -= 1
                 if output.error == "overloaded":
                     raise Overloaded("every slot of the lane's queue is taken", 1.0)
+                if output.error and self._unavailable is not None:
+                    raise self._refusal(self._unavailable)
                 yield output
         finally:
             self._streams.pop(request.id, None)
@@ -151,7 +155,7 @@ class Dispatcher:
     def _admit(self, request: Request) -> _Stream:
         """Choose a lane and send the request, or say why not; nothing is held when it raises."""
         if self._unavailable is not None:
-            raise Unavailable(self._unavailable.message, self._unavailable.retry_after_s)
+            raise self._refusal(self._unavailable)
         if request.id in self._streams:
             raise RequestError(f"request id {request.id!r} is already in flight", "id")
         longest = len(request.prompt) + request.sampling.max_tokens
@@ -177,6 +181,11 @@ class Dispatcher:
         self._lanes[lane].send([wire.REQUEST, msgpack.packb(request.to_wire())])
         return stream
 
+    @staticmethod
+    def _refusal(why: Unavailable) -> Unavailable:
+        """An exception of its own for each request: a raised one collects tracebacks."""
+        return Unavailable(why.message, why.retry_after_s)
+
     def _read(self) -> None:
         """Thread: hand every message to the event loop."""
         assert self._inbox is not None
@@ -197,7 +206,7 @@ class Dispatcher:
     def _handle(self, kind: bytes, value: Any) -> None:
         if kind == wire.OUTPUTS:
             for entry in value[1]:
-                stream = self._streams.get(entry["id"])
+                stream = self._streams.get(entry[0])
                 if stream is not None:
                     stream.outputs.put_nowait(RequestOutput.from_wire(entry))
         elif kind == wire.REPORT:

@@ -22,8 +22,8 @@ from typing import Any
 import ray
 
 from actors.engine.batching import LaneLimits
-from actors.engine.checkpoint import Checkpoint
-from actors.fleet import Fleet, FleetSpec, deploy
+from actors.engine.checkpoint import Checkpoint, CheckpointError
+from actors.fleet import Fleet, FleetError, FleetSpec, deploy
 from cluster.backend import ModelInfo
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
@@ -86,10 +86,8 @@ async def _run(config: MotleyConfig, on_event: OnEvent) -> None:
 
 
 async def _until_stopped(config: MotleyConfig, on_event: OnEvent, stopping: asyncio.Event) -> None:
-    async with deployment(config, on_event) as running:
-        watching = asyncio.create_task(_watch(running))
+    async with deployment(config, on_event):
         await stopping.wait()
-        watching.cancel()
 
 
 @asynccontextmanager
@@ -102,7 +100,7 @@ async def deployment(
     async with AsyncExitStack() as stack:
         # Headers only, so a bad checkpoint is refused before Ray starts.
         checkpoint = await asyncio.to_thread(_open, config)
-        loading = asyncio.create_task(asyncio.to_thread(load_tokenizer, checkpoint.path))
+        loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, checkpoint))
         stack.callback(loading.cancel)
         await stack.enter_async_context(_ray(config))
         hosts = await asyncio.to_thread(find_hosts)
@@ -117,6 +115,8 @@ async def deployment(
         stack.push_async_callback(dispatcher.close)
         monitor = dispatcher.open(hosts[LOCAL].address)
         tokenizer = await loading
+        # Left after the gateway, whose last requests the fleet still answers.
+        fleets = await stack.enter_async_context(AsyncExitStack())
         gateway = await serve(dispatcher, tokenizer, config.gateway, token)
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
@@ -134,9 +134,9 @@ async def deployment(
             keys=dispatcher.keys,
         )
         fleet = await _deploy(spec, config.ray.start_timeout_s, dispatcher, on_event)
-        stack.push_async_callback(asyncio.to_thread, fleet.stop)
+        await fleets.enter_async_context(_watched(fleet, dispatcher))
         dispatcher.connect(fleet.lane_addresses)
-        await dispatcher.serving.wait()
+        await _until_serving(dispatcher)
         on_event(Ready(gateway.http_url, gateway.grpc_target, token, time.monotonic() - started_s))
         yield Deployment(
             plan=plan,
@@ -187,19 +187,48 @@ async def _deploy(
     return await deploying
 
 
-async def _watch(running: Deployment) -> None:
-    """Turn the death of a stage or lane into a clear refusal of its requests."""
-    while True:
-        reason = await asyncio.to_thread(running.fleet.lost, _WATCH_EVERY_S)
-        if reason is not None:
+@asynccontextmanager
+async def _watched(fleet: Fleet, dispatcher: Dispatcher) -> AsyncIterator[None]:
+    """Turn the death of a stage or lane into a clear refusal of requests; stop all at the end."""
+    stopping = asyncio.Event()
+    watching = asyncio.create_task(_watch(fleet, dispatcher, stopping))
+    try:
+        yield
+    finally:
+        stopping.set()
+        await asyncio.to_thread(fleet.stop)
+        await watching
+
+
+async def _watch(fleet: Fleet, dispatcher: Dispatcher, stopping: asyncio.Event) -> None:
+    while not stopping.is_set():
+        reason = await asyncio.to_thread(fleet.lost, _WATCH_EVERY_S)
+        if reason is not None and not stopping.is_set():
             _log.error("%s", reason)
-            running.dispatcher.fail(reason)
+            dispatcher.fail(reason)
+
+
+async def _until_serving(dispatcher: Dispatcher) -> None:
+    """Wait until every stage serves; raises `FleetError` when one is lost before that."""
+    ends = [asyncio.create_task(event.wait()) for event in (dispatcher.serving, dispatcher.lost)]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    for end in ends:
+        end.cancel()
+    if dispatcher.lost.is_set():
+        raise FleetError((await dispatcher.status()).reason)
 
 
 def _open(config: MotleyConfig) -> Checkpoint:
     return Checkpoint.open(
         config.model, allow_unverified=config.engine.allow_unverified_architectures
     )
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    try:
+        return load_tokenizer(checkpoint.path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _model_info(

@@ -56,10 +56,15 @@ class KVCache:
     def write(
         self, layer: int, slots_T: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> None:
-        """Store keys and values, each (1, Hk, T, D), at the rows' slots."""
+        """Store keys and values, each (1, Hk, T, D), at the rows' slots.
+
+        What is not finite is stored as 0: a masked NaN would still spoil every sequence that pads
+        with its block or takes it over (0 x NaN is NaN). Its own sequence keeps its NaN rows.
+        """
         blocks = self._blocks[layer]
         flat = blocks.view(-1, *blocks.shape[2:])
-        flat[slots_T] = torch.stack((key[0], value[0])).permute(2, 0, 1, 3)
+        kv = torch.stack((key[0], value[0])).nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        flat[slots_T] = kv.permute(2, 0, 1, 3)
 
     def read(self, layer: int, table_NB: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Gather keys and values of block tables: each (N, Hk, L, D)."""
@@ -94,7 +99,7 @@ class _DecodeView:
     """What layers with one window length read for the decoding rows."""
 
     table_NB: torch.Tensor
-    mask_N11L: torch.Tensor
+    bias_N11L: torch.Tensor
 
 
 @dataclass(slots=True)
@@ -142,18 +147,19 @@ class PagedRows:
             decodes,
         )
 
-    def decode_view(self, window: int | None, device: torch.device) -> _DecodeView:
+    def decode_view(self, window: int | None, dtype: torch.dtype) -> _DecodeView:
         """Block tables cut to the window, and the mask of what each row may read."""
         key = window or 0
         if key not in self._views:
             assert self.decodes is not None
-            self._views[key] = _decode_view(self.decodes, self.cache.block_tokens, window, device)
+            self._views[key] = _decode_view(self.decodes, self.cache.block_tokens, window, dtype)
         return self._views[key]
 
 
 def _decode_view(
-    decodes: _Decodes, size: int, window: int | None, device: torch.device
+    decodes: _Decodes, size: int, window: int | None, dtype: torch.dtype
 ) -> _DecodeView:
+    device = decodes.rows_N.device
     firsts = [max(0, p + 1 - window) // size if window else 0 for p in decodes.positions]
     tables = [table[first:] for table, first in zip(decodes.tables, firsts, strict=True)]
     width = max(len(table) for table in tables)
@@ -166,7 +172,7 @@ def _decode_view(
     mask = column <= last
     if window:
         mask &= column > last - window
-    return _DecodeView(table_NB, mask[:, None, None])
+    return _DecodeView(table_NB, _bias(mask, dtype)[:, None, None])
 
 
 def paged_attention(
@@ -198,10 +204,10 @@ def paged_attention(
             sliding_window, s_aux,
         )  # fmt: skip
     if paged.decodes is not None:
-        view = paged.decode_view(sliding_window, query.device)
+        view = paged.decode_view(sliding_window, query.dtype)
         decoded = _attend_decodes(
             query, paged.cache.read(layer, view.table_NB), paged.decodes.rows_N,
-            view.mask_N11L, scaling, s_aux,
+            view.bias_N11L, scaling, s_aux,
         )  # fmt: skip
         if not paged.chunks:
             return decoded[None], None
@@ -227,7 +233,8 @@ def _attend_chunk(
         mask &= column > positions - window
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    out = _softmax_attention(query, key, value, mask[None, None], scaling, sinks, query.shape[1])
+    bias = _bias(mask, query.dtype)[None, None]
+    out = _softmax_attention(query, key, value, bias, scaling, sinks, query.shape[1])
     return out[0].transpose(0, 1)
 
 
@@ -235,7 +242,7 @@ def _attend_decodes(
     query: torch.Tensor,
     context: tuple[torch.Tensor, torch.Tensor],
     rows_N: torch.Tensor,
-    mask_N11L: torch.Tensor,
+    bias_N11L: torch.Tensor,
     scaling: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -246,35 +253,38 @@ def _attend_decodes(
     picked = query[0] if num_rows == num_sequences else query[0].index_select(1, rows_N)
     grouped = picked.view(num_kv_heads, num_heads // num_kv_heads, num_sequences, head_dim)
     out = _softmax_attention(
-        grouped.permute(2, 0, 1, 3), key, value, mask_N11L, scaling, sinks, num_kv_heads
+        grouped.permute(2, 0, 1, 3), key, value, bias_N11L, scaling, sinks, num_kv_heads
     )
     return out.reshape(num_sequences, num_heads, head_dim)
+
+
+def _bias(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is added to the scores, made once a step (a boolean mask is converted in each layer)."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def _softmax_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: torch.Tensor,
+    bias: torch.Tensor,
     scaling: float | None,
     sinks: torch.Tensor | None,
     num_groups: int,
 ) -> torch.Tensor:
     """Scaled dot-product attention; sinks are one more column with a zero value.
 
-    `mask` broadcasts to (batch, num_groups, queries, context); `sinks` (Hq) is split into
+    `bias` broadcasts to (batch, num_groups, queries, context); `sinks` (Hq) is split into
     num_groups along the head dimension, the rest along the query dimension.
     """
     if sinks is not None:
         pad = key.new_zeros(key.shape[0], key.shape[1], 1, key.shape[3])
         key, value = torch.cat((key, pad), 2), torch.cat((value, pad), 2)
-        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-        bias = bias.masked_fill(~mask, -torch.inf)
         rest = sinks.numel() // num_groups
         column = sinks.to(query.dtype).view(1, num_groups, rest, 1)
-        shape = (mask.shape[0], num_groups, max(rest, mask.shape[2]))
-        mask = torch.cat((bias.expand(*shape, -1), column.expand(*shape, 1)), -1)
-    return functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+        shape = (bias.shape[0], num_groups, max(rest, bias.shape[2]))
+        bias = torch.cat((bias.expand(*shape, -1), column.expand(*shape, 1)), -1)
+    return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
 
 
 AttentionInterface.register(ATTENTION_NAME, paged_attention)

@@ -46,6 +46,8 @@ _EXPERT_PART: Mapping[str, tuple[str, Literal["gate", "up", "all"]]] = {
     "down_proj": ("down_proj", "all"),
     "w2": ("down_proj", "all"),
 }
+# Old conversions store what the architecture computes; transformers passes over it too.
+_COMPUTED = ".rotary_emb.inv_freq"
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm."
 HEAD = "lm_head.weight"
@@ -103,8 +105,9 @@ class Checkpoint:
         path = locate(model)
         config = _read_config(path)
         check_servable(config, allow_unverified=allow_unverified)
+        _check_sizes(path, config)
         tensors = tuple(
-            tensor for file in _shards(path) for tensor in _read_header(file, _expected(path, file))
+            tensor for file, names in _shards(path) for tensor in _read_header(file, names)
         )
         checkpoint = cls(path=path, config=config, tensors=tensors)
         checkpoint._check_complete()
@@ -221,6 +224,12 @@ class Checkpoint:
                 f"{self.path}: no tensors for layers {missing} of {self.num_layers}; "
                 "fetch the checkpoint again, a shard is missing"
             )
+        beyond = sorted(i for i in present if i is not None and i >= self.num_layers)
+        if beyond:
+            raise CheckpointError(
+                f"{self.path}: tensors for layers {beyond}, but config.json says "
+                f"num_hidden_layers {self.num_layers}; it is another checkpoint's"
+            )
         names = {tensor.parameter for tensor in self.tensors}
         for name in (EMBEDDING, FINAL_NORM + "weight"):
             if name not in names:
@@ -311,38 +320,49 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not file.exists():
         raise CheckpointError(f"{path}: no config.json; is this a Hugging Face checkpoint?")
     config = _read_json(file)
-    for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size"):
-        if name not in config:
-            raise CheckpointError(f"{file}: no {name!r}")
+    if "model_type" not in config:
+        raise CheckpointError(f"{file}: no 'model_type'")
     return config
 
 
-def _shards(path: Path) -> list[Path]:
-    """Return the checkpoint's files; each one that the index names must exist."""
-    index = path / "model.safetensors.index.json"
-    if index.exists():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        missing = [name for name in names if not (path / name).exists()]
-        if missing:
+def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        value = config.get(name)
+        if type(value) is not int or value < 1:
             raise CheckpointError(
-                f"{path}: {len(missing)} of {len(names)} shards missing: {', '.join(missing)}; "
-                "fetch the checkpoint again"
+                f"{path / 'config.json'}: {name} ({value!r}) must be a whole number above 0"
             )
-        return [path / name for name in names]
-    files = sorted(path.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{path}: no *.safetensors; convert the checkpoint to safetensors")
-    return files
 
 
-def _expected(path: Path, file: Path) -> set[str] | None:
+def _shards(path: Path) -> list[tuple[Path, set[str]]]:
+    """Return the checkpoint's files and what the index expects in each; all of them exist."""
+    single = path / "model.safetensors"
+    if single.exists():
+        return [(single, set())]
     index = path / "model.safetensors.index.json"
     if not index.exists():
-        return None
-    return {name for name, shard in _read_json(index)["weight_map"].items() if shard == file.name}
+        files = sorted(path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{path}: no *.safetensors; convert the checkpoint to safetensors"
+            )
+        return [(file, set()) for file in files]
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: no 'weight_map'; fetch the checkpoint again")
+    expected: dict[str, set[str]] = {}
+    for name, shard in weight_map.items():
+        expected.setdefault(str(shard), set()).add(name)
+    missing = [name for name in sorted(expected) if not (path / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: {len(missing)} of {len(expected)} shards missing: {', '.join(missing)}; "
+            "fetch the checkpoint again"
+        )
+    return [(path / name, expected[name]) for name in sorted(expected)]
 
 
-def _read_header(file: Path, expected: set[str] | None) -> Iterator[TensorInfo]:
+def _read_header(file: Path, expected: set[str]) -> Iterator[TensorInfo]:
     """Yield the tensors of one shard; the library checks that the file covers its header."""
     try:
         with safe_open(file, framework="np", backend="pread") as handle:
@@ -351,22 +371,33 @@ def _read_header(file: Path, expected: set[str] | None) -> Iterator[TensorInfo]:
             dtypes = {name: handle.get_slice(name).get_dtype() for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file}: cannot be read ({file.stat().st_size} bytes, {error}); the shard is "
-            "truncated or damaged, fetch it again"
+            f"{file}: cannot be read ({_size(file)}, {error}); the shard is truncated or damaged, "
+            "fetch it again"
         ) from error
-    if expected is not None and expected - names:
+    if expected - names:
         raise CheckpointError(f"{file}: the index names {sorted(expected - names)[0]!r}, not in it")
     for name in sorted(names):
+        if name.endswith(_COMPUTED):
+            continue
+        if dtypes[name] not in _DTYPE_BYTES:
+            raise CheckpointError(
+                f"{file}: tensor {name!r} is of type {dtypes[name]}, not one of "
+                f"{', '.join(_DTYPE_BYTES)}; save the checkpoint in bfloat16 or float32 first"
+            )
         parameter, expert, part = module_parameter(name)
         yield TensorInfo(
             stored_name=name,
             file=file,
             shape=shapes[name],
-            num_bytes=math.prod(shapes[name]) * _DTYPE_BYTES.get(dtypes[name], 0),
+            num_bytes=math.prod(shapes[name]) * _DTYPE_BYTES[dtypes[name]],
             parameter=parameter,
             expert=expert,
             part=part,
         )
+
+
+def _size(file: Path) -> str:
+    return f"{file.stat().st_size} bytes" if file.exists() else "a link to nothing"
 
 
 _DTYPE_BYTES: Mapping[str, int] = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}

@@ -13,6 +13,8 @@ import torch
 
 VERSION = 1
 MAX_DIMENSIONS = 4
+_MAX_NUMEL = 2**48
+"""Of the sizes above 0, multiplied: more cannot be sent, and would overflow an empty tensor."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
@@ -26,6 +28,8 @@ def encode_tensor(tensor: torch.Tensor) -> tuple[bytes, memoryview]:
     word = _WORDS.get(tensor.dtype)
     if word is None:
         raise FrameError(f"tensors of {tensor.dtype} are not sent; use one of {sorted(_DTYPES)}")
+    if tensor.dim() > MAX_DIMENSIONS:
+        raise FrameError(f"shape {tuple(tensor.shape)} is not sent; at most {MAX_DIMENSIONS} sizes")
     flat = tensor.detach().contiguous().cpu()
     description = msgpack.packb([VERSION, word, list(tensor.shape)])
     return description, memoryview(flat.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
@@ -48,7 +52,8 @@ def decode_tensor(description: bytes | memoryview, data: memoryview) -> torch.Te
         raise FrameError(f"unknown tensor type {word!r}; known: {sorted(_DTYPES)}")
     if not _is_shape(shape):
         raise FrameError(
-            f"bad tensor shape {shape!r}; at most {MAX_DIMENSIONS} sizes, none below 0"
+            f"bad tensor shape {shape!r}; at most {MAX_DIMENSIONS} sizes, none below 0, and no "
+            f"more than {_MAX_NUMEL} elements"
         )
     expected_bytes = math.prod(shape) * dtype.itemsize
     if expected_bytes != data.nbytes:
@@ -65,6 +70,7 @@ def _is_shape(shape: object) -> bool:
         and all(
             isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in shape
         )
+        and math.prod(size for size in shape if size) <= _MAX_NUMEL
     )
 
 

@@ -54,6 +54,7 @@ class LaneCore:
         self._deadlines: dict[str, float] = {}
         self._scored: set[str] = set()
         self._in_flight: Step | None = None
+        self._unrendered: list[Advance] = []
         self._sent_s = 0.0
         self._steps = 0
         self._step_s = 0.0
@@ -79,8 +80,9 @@ class LaneCore:
 
     def abort(self, request_id: str, reason: str | None = None) -> list[RequestOutput]:
         """End a request; each live choice gets a last output."""
+        outputs = self.render()
         ended = self._scheduler.abort(request_id)
-        outputs = [self._last(choice, "abort", stop_reason=reason) for choice in ended]
+        outputs += [self._last(choice, "abort", stop_reason=reason) for choice in ended]
         self._forget(request_id)
         return outputs
 
@@ -102,18 +104,33 @@ class LaneCore:
         self._sent_s = now_s
         return self._in_flight
 
-    def take_result(
+    def accept_result(
         self, step_id: int, result: StepResult, *, now_s: float, stage_s: float
-    ) -> list[RequestOutput]:
-        """Apply the result of the step in flight; a result of any other step is ignored."""
+    ) -> None:
+        """Apply the result of the step in flight; a result of any other step is ignored.
+
+        The tokens wait for `render`, so that the next step can leave before text is made: a stop
+        string then costs one row too many, and the pipeline does not wait for the tokenizer.
+        """
         step = self._in_flight
         if step is None or step.batch.step != step_id:
-            return []
+            return
         self._in_flight = None
         self._steps += 1
         self._step_s += now_s - self._sent_s
         self._stage_s += stage_s
-        return [self._output(advance) for advance in self._scheduler.commit(step, result)]
+        self._unrendered += self._scheduler.commit(step, result)
+
+    def render(self) -> list[RequestOutput]:
+        """Turn the accepted tokens into outputs."""
+        advances, self._unrendered = self._unrendered, []
+        return [self._output(advance) for advance in advances]
+
+    def take_result(
+        self, step_id: int, result: StepResult, *, now_s: float, stage_s: float
+    ) -> list[RequestOutput]:
+        self.accept_result(step_id, result, now_s=now_s, stage_s=stage_s)
+        return self.render()
 
     def fail_step(self, step_id: int, message: str) -> list[RequestOutput]:
         """End the requests of a step that a stage refused; the others go on."""
@@ -204,8 +221,9 @@ class LaneCore:
         )
 
     def _fail(self, request_id: str, message: str) -> list[RequestOutput]:
+        outputs = self.render()
         ended = self._scheduler.abort(request_id)
-        outputs = [self._last(choice, "error", error=message) for choice in ended]
+        outputs += [self._last(choice, "error", error=message) for choice in ended]
         self._forget(request_id)
         return outputs
 

@@ -188,31 +188,39 @@ class RequestOutput:
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache (set on the first output of a choice)."""
 
-    def to_wire(self) -> dict[str, Any]:
+    def to_wire(self) -> list[Any]:
+        """Positional, the request's id first: one is sent for every token."""
         prompt = self.prompt_logprobs
-        return {
-            "id": self.id,
-            "index": self.index,
-            "tokens": list(self.tokens),
-            "text": self.text,
-            "logprobs": [entry.to_wire() for entry in self.logprobs],
-            "prompt_logprobs": None if prompt is None else [entry.to_wire() for entry in prompt],
-            "finish_reason": self.finish_reason,
-            "stop_reason": self.stop_reason,
-            "error": self.error,
-            "cached_tokens": self.cached_tokens,
-        }
+        return [
+            self.id,
+            self.index,
+            self.tokens,
+            self.text,
+            [entry.to_wire() for entry in self.logprobs],
+            None if prompt is None else [entry.to_wire() for entry in prompt],
+            self.finish_reason,
+            self.stop_reason,
+            self.error,
+            self.cached_tokens,
+        ]
 
     @classmethod
-    def from_wire(cls, value: dict[str, Any]) -> RequestOutput:
-        prompt = value["prompt_logprobs"]
-        fields = dict(value)
-        fields["tokens"] = tuple(value["tokens"])
-        fields["logprobs"] = tuple(TokenLogprob.from_wire(entry) for entry in value["logprobs"])
-        fields["prompt_logprobs"] = (
-            None if prompt is None else tuple(TokenLogprob.from_wire(entry) for entry in prompt)
+    def from_wire(cls, value: list[Any]) -> RequestOutput:
+        request_id, index, tokens, text, logprobs, prompt, finish, stop, error, cached = value
+        return cls(
+            id=request_id,
+            index=index,
+            tokens=tuple(tokens),
+            text=text,
+            logprobs=tuple(TokenLogprob.from_wire(entry) for entry in logprobs),
+            prompt_logprobs=(
+                None if prompt is None else tuple(TokenLogprob.from_wire(entry) for entry in prompt)
+            ),
+            finish_reason=finish,
+            stop_reason=stop,
+            error=error,
+            cached_tokens=cached,
         )
-        return cls(**fields)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

@@ -25,21 +25,26 @@ def uniform(seed: int, position: int) -> float:
 
 
 def sample(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
-    """Draw one token a row. Order: penalties, bans, temperature, top-k, top-p, min-p, draw."""
+    """Draw one token a row. Order: penalties, bans, temperature, top-k, top-p, min-p, draw.
+
+    Raises:
+        ValueError: A row's best logit is NaN or infinite, so no token can be told from it.
+    """
     if all(_is_plain(draw) for draw in draws):
-        return logits_DV.argmax(dim=-1).tolist()
+        return _best(logits_DV)
     logits_DV = logits_DV.float()
     tokens = [0] * len(draws)
     shaped = logits_DV.clone()
     for i, draw in enumerate(draws):
         if draw.history:
             _penalise(shaped[i], draw)
-        if draw.banned:
-            shaped[i, list(draw.banned)] = -torch.inf
+        # A checkpoint may name end tokens that its head does not have.
+        if banned := [token for token in draw.banned if token < shaped.shape[1]]:
+            shaped[i, banned] = -torch.inf
     greedy = [i for i, draw in enumerate(draws) if draw.is_greedy]
     random = [i for i, draw in enumerate(draws) if not draw.is_greedy]
     if greedy:
-        for i, token in zip(greedy, shaped[greedy].argmax(dim=-1).tolist(), strict=True):
+        for i, token in zip(greedy, _best(shaped[greedy]), strict=True):
             tokens[i] = token
     if random:
         chosen = _draw_rows(shaped[random], [draws[i] for i in random])
@@ -75,6 +80,23 @@ def _is_plain(draw: Draw) -> bool:
     return draw.is_greedy and not draw.history and not draw.banned
 
 
+def _best(logits_DV: torch.Tensor) -> list[int]:
+    """The id of each row's largest logit, the lowest of equals."""
+    best_D1 = logits_DV.argmax(dim=-1, keepdim=True)
+    _check_finite(logits_DV.gather(1, best_D1))
+    return best_D1[:, 0].tolist()
+
+
+def _check_finite(best_D1: torch.Tensor) -> None:
+    """Refuse rows by their largest logit: a NaN anywhere in a row is its maximum."""
+    bad = int((~best_D1.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"the logits of {bad} of {len(best_D1)} rows are NaN or infinite; the model overflows "
+            "its number type, so set engine.dtype to bfloat16 or float32"
+        )
+
+
 def _penalise(logits_V: torch.Tensor, draw: Draw) -> None:
     """Apply penalties in place: repetition over all tokens, the others over the output."""
     history = torch.tensor(draw.history, device=logits_V.device)
@@ -91,9 +113,13 @@ def _penalise(logits_V: torch.Tensor, draw: Draw) -> None:
 
 def _draw_rows(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     device = logits_DV.device
-    temperature = torch.tensor([draw.temperature for draw in draws], device=device)
+    # A temperature below the smallest float32 would divide 0 by 0.
+    least = torch.finfo(torch.float32).tiny
+    temperature = torch.tensor([max(draw.temperature, least) for draw in draws], device=device)
+    best_D1 = logits_DV.max(dim=-1, keepdim=True).values
+    _check_finite(best_D1)
     # Shifting by the maximum first keeps a tiny temperature finite.
-    shifted = logits_DV - logits_DV.max(dim=-1, keepdim=True).values
+    shifted = logits_DV - best_D1
     probs_DV = (shifted / temperature[:, None]).softmax(dim=-1)
     truncated = [i for i, d in enumerate(draws) if d.top_k or d.top_p < 1.0 or d.min_p > 0.0]
     if truncated:

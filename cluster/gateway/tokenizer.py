@@ -146,16 +146,31 @@ def check_text(text: str, param: str) -> None:
 
 
 def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> Tokenizer:
-    """Load the tokenizer of a checkpoint directory (or Hugging Face id). Runs no remote code."""
+    """Load the tokenizer of a checkpoint directory (or Hugging Face id). Runs no remote code.
+
+    Raises:
+        ValueError: There is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
-    loaded = AutoTokenizer.from_pretrained(
-        str(checkpoint), revision=revision or "main", trust_remote_code=False
-    )
+    try:
+        loaded = AutoTokenizer.from_pretrained(
+            str(checkpoint), revision=revision or "main", trust_remote_code=False
+        )
+    except Exception as error:  # the tokenizers library raises a bare Exception
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"the tokenizer of {checkpoint} cannot be loaded ({reason}); add a tokenizer.json"
+        ) from error
     backend = getattr(loaded, "backend_tokenizer", None)
     if not isinstance(backend, tokenizers.Tokenizer):
         raise ValueError(
             f"{checkpoint} has no fast tokenizer ({type(loaded).__name__}); add a tokenizer.json"
+        )
+    # Without any file transformers makes one that knows no text.
+    if (known := backend.get_vocab_size(with_added_tokens=False)) < 2:
+        raise ValueError(
+            f"the tokenizer of {checkpoint} knows {known} tokens; add a tokenizer.json"
         )
     eos = loaded.eos_token_id
     return Tokenizer(

@@ -232,6 +232,32 @@ def test_decodes_come_before_prompt_chunks_and_the_budget_is_kept() -> None:
     ]
 
 
+def test_an_older_prompt_waits_for_a_younger_decode() -> None:
+    # Without a prefix cache choice 1 computes the prompt again when choice 0 has ended at once.
+    run = Run(limits(max_step_tokens=6, prefix_cache=False))
+    run.add(request("old", prompt=range(1, 10), n=2, max_tokens=1))
+    run.add(request("young", prompt=[4, 4]))
+    for _ in range(3):
+        run.step()
+
+    step = run.step()
+
+    assert step is not None
+    rows = zip(step.sequences, step.batch.rows, strict=True)
+    assert [(s.request.id, s.index, r.length) for s, r in rows] == [("young", 0, 1), ("old", 1, 4)]
+
+
+def test_a_budget_below_the_number_that_runs_serves_the_oldest_first_and_all_in_time() -> None:
+    run = Run(limits(max_step_tokens=2, max_running=4))
+    for i in range(4):
+        run.add(request(str(i), prompt=[i + 1]))
+
+    run.drain(at_most=40)
+
+    run.check_all()
+    assert [choice.request.id for choice in run.ends] == ["0", "1", "2", "3"]
+
+
 def test_a_chunk_that_does_not_end_the_prompt_draws_nothing() -> None:
     run = Run(limits(max_step_tokens=4))
     run.add(request(prompt=range(1, 10)))
@@ -311,6 +337,32 @@ def test_when_blocks_run_out_the_last_admitted_waits_and_its_tokens_do_not_chang
     assert sorted(run.ends, key=list(run.ends).index)[0] is run.choices[0]
 
 
+def test_the_preempted_come_back_before_those_who_never_ran() -> None:
+    run = Run(limits(num_blocks=5))
+    run.add(request("a", prompt=[1] * 7, max_tokens=12))
+    run.add(request("b", prompt=[2] * 7, max_tokens=12))
+    run.step()
+    run.add(request("c", prompt=[3] * 7, max_tokens=12))
+
+    run.drain()
+
+    run.check_all()
+    assert run.choices[1].num_preemptions > 0
+    assert [choice.request.id for choice in run.ends] == ["a", "b", "c"]
+
+
+def test_a_newcomer_leaves_a_block_for_those_who_run() -> None:
+    run = Run(limits(num_blocks=4))
+    run.add(request("a", prompt=[1] * 8, max_tokens=4))
+    run.step()
+    run.add(request("b", prompt=[2] * 5, max_tokens=4))
+
+    run.drain()
+
+    run.check_all()
+    assert run.scheduler.num_preemptions == 0
+
+
 def test_a_prompt_that_is_cached_whole_in_a_pool_that_is_exactly_full() -> None:
     run = Run(limits(num_blocks=2))
     for id_ in ("a", "b"):
@@ -370,11 +422,16 @@ def test_a_scored_prompt_of_one_token_has_nothing_to_score() -> None:
 
 
 def test_a_scored_prompt_that_is_preempted_halfway_is_scored_once() -> None:
-    run = Run(limits(num_blocks=8, max_step_tokens=8))
-    run.add(request("a", prompt=[3] * 10, max_tokens=16))
+    run = Run(limits(num_blocks=18, block_tokens=1, max_step_tokens=3))
+    run.add(request("a", prompt=[3, 3], max_tokens=16))
     run.step()
-    run.step()
-    run.add(request("b", prompt=range(1, 17), max_tokens=4, prompt_logprobs=0))
+    run.add(request("b", prompt=range(1, 14), max_tokens=2, prompt_logprobs=0))
+    scored = run.choices[1]
+    most = 0
+    while not scored.num_preemptions:
+        assert run.step() is not None
+        most = max(most, len(scored.prompt_logprobs))
+    assert 0 < most < 12
 
     run.drain()
 
@@ -485,7 +542,7 @@ def test_an_id_in_flight_is_refused_and_may_be_used_again_after_the_end() -> Non
 
 def test_an_aborted_request_gives_back_its_blocks_at_once_and_its_late_result_is_ignored() -> None:
     run = Run(limits())
-    run.add(request("a", n=2))
+    run.add(request("a", prompt=range(1, 7), n=2))
     run.add(request("b"))
     step = run.schedule()
     assert step is not None
