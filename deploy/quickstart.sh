@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 source deploy/environment.sh
 
 START_DEADLINE_S=300
-PROMPT='def fibonacci(n):'
+PROMPT=$'def fibonacci(n):\n'
 
 keep=0
 case "${1:-}" in

@@ -292,8 +292,9 @@ class Scheduler:
     def _try_admit(
         self, sequence: Choice, budget: int, copies: list[tuple[int, int]]
     ) -> int | None:
-        """Take blocks for the whole of the sequence and start it; None when it does not fit.
+        """Start the sequence when blocks for the whole of it are free; None when they are not.
 
+        Only the blocks of its first chunk are taken; the others may be short again by then.
         One block more than it needs must stay free while others run, so that a newcomer does not
         push out who is already running at the very next step.
         """

@@ -351,9 +351,24 @@ def test_the_preempted_come_back_before_those_who_never_ran() -> None:
     assert [choice.request.id for choice in run.ends] == ["a", "b", "c"]
 
 
+def test_choices_that_come_back_together_do_not_share_what_is_not_computed_yet() -> None:
+    run = Run(limits(num_blocks=11, max_step_tokens=64, prefix_cache=False))
+    run.add(request("old", prompt=[3] * 24, max_tokens=20))
+    run.add(request("pair", prompt=[1] * 5, n=2, max_tokens=12, temperature=1.0))
+
+    run.drain()
+
+    run.check_all()
+    _, leader, follower = run.choices
+    assert leader.num_preemptions > 0
+    assert follower.num_preemptions > 0
+    together = [step for step in run.steps if {leader, follower} <= set(step.sequences)]
+    assert any(all(rows.start == 0 for rows in step.batch.rows) for step in together)
+
+
 def test_a_newcomer_leaves_a_block_for_those_who_run() -> None:
     run = Run(limits(num_blocks=4))
-    run.add(request("a", prompt=[1] * 8, max_tokens=4))
+    run.add(request("a", prompt=[1] * 7, max_tokens=5))
     run.step()
     run.add(request("b", prompt=[2] * 5, max_tokens=4))
 
