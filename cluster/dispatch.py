@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
@@ -40,6 +40,9 @@ class _Stream:
     """A request in flight: where its outputs go, and how many choices are still open."""
 
     lane: int
+    lane_id: str
+    """What the lane calls the request. Ids are a client's own and may be used again at once; the
+    last words of an aborted request must not reach its namesake."""
     open_choices: int
     outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
 
@@ -62,6 +65,8 @@ class Dispatcher:
         self._stopping = threading.Event()
         self._lanes: list[wire.Outbox] = []
         self._streams: dict[str, _Stream] = {}
+        self._by_lane_id: dict[str, _Stream] = {}
+        self._next_lane_id = 0
         self._stage_reports: dict[int, Mapping[str, Any]] = {}
         self._lane_reports: dict[int, Mapping[str, Any]] = {}
         self._unavailable: Unavailable | None = Unavailable("stages are loading", _LOADING_RETRY_S)
@@ -117,17 +122,18 @@ class Dispatcher:
                     raise Overloaded("every slot of the lane's queue is taken", 1.0)
                 if output.error and self._unavailable is not None:
                     raise self._refusal(self._unavailable)
-                yield output
+                yield replace(output, id=request.id)
         finally:
-            self._streams.pop(request.id, None)
+            del self._streams[request.id]
+            del self._by_lane_id[stream.lane_id]
             if stream.open_choices > 0:
-                self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(request.id)])
+                self._abort(stream)
 
     async def abort(self, request_id: str) -> bool:
         stream = self._streams.get(request_id)
         if stream is None:
             return False
-        self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(request_id)])
+        self._abort(stream)
         return True
 
     async def status(self) -> DeploymentStatus:
@@ -166,6 +172,12 @@ class Dispatcher:
                 "Shorten the prompt or lower max_tokens",
                 "max_tokens",
             )
+        if request.n > self._limits.max_waiting:
+            raise RequestError(
+                f"n ({request.n}) is more than a lane queues ({self._limits.max_waiting}); lower "
+                "it or raise engine.max_waiting",
+                "n",
+            )
         outstanding = [0] * len(self._lanes)
         for stream in self._streams.values():
             outstanding[stream.lane] += stream.open_choices
@@ -177,9 +189,15 @@ class Dispatcher:
                 "retry later or raise engine.max_waiting",
                 1.0,
             )
-        stream = self._streams[request.id] = _Stream(lane, request.n)
-        self._lanes[lane].send([wire.REQUEST, msgpack.packb(request.to_wire())])
+        stream = _Stream(lane, str(self._next_lane_id), request.n)
+        self._next_lane_id += 1
+        self._streams[request.id] = self._by_lane_id[stream.lane_id] = stream
+        asked = replace(request, id=stream.lane_id)
+        self._lanes[lane].send([wire.REQUEST, msgpack.packb(asked.to_wire())])
         return stream
+
+    def _abort(self, stream: _Stream) -> None:
+        self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(stream.lane_id)])
 
     @staticmethod
     def _refusal(why: Unavailable) -> Unavailable:
@@ -206,7 +224,7 @@ class Dispatcher:
     def _handle(self, kind: bytes, value: Any) -> None:
         if kind == wire.OUTPUTS:
             for entry in value[1]:
-                stream = self._streams.get(entry[0])
+                stream = self._by_lane_id.get(entry[0])
                 if stream is not None:
                     stream.outputs.put_nowait(RequestOutput.from_wire(entry))
         elif kind == wire.REPORT:

@@ -103,9 +103,10 @@ class StepBatch:
                 [Rows(*entry) for entry in rows], [(s, d) for s, d in copies],
                 drawn, [Draw(*entry) for entry in draws], [(i, k) for i, k in scored], targets,
             )  # fmt: skip
+            is_whole = sum(entry.length for entry in batch.rows) == len(tokens)
         except (TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
             raise ValueError(f"malformed step message of {len(data)} bytes: {error}") from error
-        if sum(entry.length for entry in batch.rows) != len(tokens):
+        if not is_whole:
             raise ValueError(f"step {step}: rows do not add up to its {len(tokens)} tokens")
         return batch
 

@@ -126,12 +126,6 @@ class LaneCore:
         advances, self._unrendered = self._unrendered, []
         return [self._output(advance) for advance in advances]
 
-    def take_result(
-        self, step_id: int, result: StepResult, *, now_s: float, stage_s: float
-    ) -> list[RequestOutput]:
-        self.accept_result(step_id, result, now_s=now_s, stage_s=stage_s)
-        return self.render()
-
     def fail_step(self, step_id: int, message: str) -> list[RequestOutput]:
         """End the requests of a step that a stage refused; the others go on."""
         step = self._in_flight

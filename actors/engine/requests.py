@@ -41,6 +41,7 @@ class SamplingParams:
 
     max_tokens: int = 128
     min_tokens: int = 0
+    """Until so many tokens no end-of-sequence or stop token is drawn; a stop string still ends."""
     temperature: float = 1.0
     """0 is greedy."""
     top_k: int = 0
@@ -71,6 +72,9 @@ class SamplingParams:
         _check_float("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_float("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_int("seed", self.seed, 0, MAX_SEED)
+        stop: object = self.stop  # a client of this class may not check its types
+        if isinstance(stop, str):
+            raise RequestError("stop must be a list of strings, not one string", "stop")
         if len(self.stop) > MAX_STOPS:
             raise RequestError(f"{len(self.stop)} stop strings; at most {MAX_STOPS}", "stop")
         if any(not s for s in self.stop):

@@ -72,7 +72,8 @@ class Lane:
             result = self.stages[1].forward(batch, hidden)
             assert isinstance(result, StepResult)
             answer = StepResult.from_wire(msgpack.unpackb(msgpack.packb(result.to_wire())))
-            outputs += self.core.take_result(batch.step, answer, now_s=0.0, stage_s=0.0)
+            self.core.accept_result(batch.step, answer, now_s=0.0, stage_s=0.0)
+            outputs += self.core.render()
         assert self.core.counters().blocks_in_use == 0
         return outputs
 

@@ -232,7 +232,6 @@ def test_a_part_over_the_bound_is_dropped_and_its_sender_is_heard_again(
         assert bytes(parts[0]) == b"again"
 
 
-@pytest.mark.xfail(strict=True, reason="receive() blocks for ever once poll has promised a message")
 def test_a_message_cut_off_after_its_first_part_does_not_hold_up_the_receiver(
     keys: WireKeys, open_outbox: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:

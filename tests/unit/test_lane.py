@@ -100,11 +100,8 @@ class Driver:
         ]
         scored = [[TokenLogprob(t, -2.0) for t in targets] for targets in step.batch.targets]
         result = StepResult.from_wire(StepResult(tokens, logprobs, scored).to_wire())
-        return self._keep(
-            self.core.take_result(
-                step.batch.step, result, now_s=self.now_s, stage_s=seconds * 0.75
-            )
-        )  # fmt: skip
+        self.core.accept_result(step.batch.step, result, now_s=self.now_s, stage_s=seconds * 0.75)
+        return self._keep(self.core.render())
 
     def run(self, at_most: int = 1000) -> Outputs:
         """Run until idle; returns all outputs so far."""
@@ -484,8 +481,8 @@ def test_a_refusal_or_result_of_another_step_is_ignored() -> None:
     step = lane.send()
 
     assert lane.core.fail_step(step + 1, "what?") == []
-    stale = lane.core.take_result(step - 1, StepResult([]), now_s=1.0, stage_s=0.0)
-    assert stale == []
+    lane.core.accept_result(step - 1, StepResult([]), now_s=1.0, stage_s=0.0)
+    assert lane.core.render() == []
     assert lane.core.step_in_flight is not None
     lane.answer()
     assert lane.core.fail_step(step, "too late") == []
@@ -506,7 +503,8 @@ def test_a_lost_stage_ends_everything_and_the_lane_serves_on() -> None:
     ]  # fmt: skip
     assert {(out.finish_reason, out.error) for out in outputs} == {("error", "node n2 is gone")}
     lane.check_nothing_is_left()
-    assert lane.core.take_result(step, StepResult([5]), now_s=1.0, stage_s=0.0) == []
+    lane.core.accept_result(step, StepResult([5]), now_s=1.0, stage_s=0.0)
+    assert lane.core.render() == []
     lane.add("next")
     lane.run()
     assert lane.text("next") == "Hello"
