@@ -116,7 +116,11 @@ class DecodeWorker:
                 self._core.accept_result(value[0], result, now_s=now_s, stage_s=stage_s)
                 return []
             if kind == wire.REQUEST:
-                return self._core.add(Request.from_wire(value), now_s)
+                request = Request.from_wire(value)
+                if not all(type(token) is int for token in request.prompt):
+                    # In a step it would fail the requests beside it too.
+                    raise TypeError(f"the prompt of {request.id!r} holds more than token ids")
+                return self._core.add(request, now_s)
             if kind == wire.ABORT:
                 return self._core.abort(value)
             if kind == wire.REFUSED:

@@ -535,6 +535,18 @@ def test_a_full_deployment_refuses_with_429_and_goes_on(starting: Starting) -> N
     assert usual(served)
 
 
+def test_more_choices_than_a_queue_holds_will_not_fit_later(starting: Starting) -> None:
+    served = starting.up()
+    for n in (2, 3):
+        with http_client(starting.http_url, TOKEN) as client:
+            response = client.post(COMPLETIONS, json={"prompt": "x", "n": n})
+        error = error_of(response)
+        assert (response.status_code, error["param"]) == (400, "n")
+        assert f"n ({n})" in error["message"]
+        assert "engine.max_waiting" in error["message"]
+    served.wait_until_idle()
+
+
 # -- checkpoints and settings that cannot be served --------------------------------------------
 
 

@@ -34,7 +34,7 @@ from tests.local_ray.conftest import Served, make_config, serving
 
 MODEL = "tiny-qwen3"
 CUT = (5, 2, 1)
-ENGINE = {"num_kv_blocks": 512}
+ENGINE = {"num_kv_blocks": 512, "step_timeout_s": 8.0}
 PROMPT = "import os\nimport sys\n\n\ndef main("
 LONG: dict[str, Any] = {"max_tokens": 1500, "ignore_eos": True}
 """Takes several seconds."""
@@ -108,14 +108,24 @@ async def watch_health(served: Served) -> list[int]:
         return told
 
 
-@pytest.mark.parametrize("name", ["stage 1", "lane 0"])
+def kill(actor: Any) -> None:
+    os.kill(pid_of(actor), signal.SIGKILL)
+
+
+def break_the_loop(actor: Any) -> None:
+    """The process lives on, its work does not: a defect that nothing catches."""
+    ray.get(actor.__ray_call__.remote(lambda self: setattr(self._core, "next_step", None)))
+
+
+@pytest.mark.parametrize(
+    ("name", "lose"), [("stage 1", kill), ("lane 0", kill), ("lane 1", break_the_loop)]
+)
 async def test_losing_a_part_ends_its_requests_clearly_and_refuses_new_ones(
-    name: str, to_be_broken: Served
+    name: str, lose: Callable[[Any], None], to_be_broken: Served
 ) -> None:
     served = to_be_broken
     kind, index = name.split()
     actors = {"stage": served.running.fleet.stages, "lane": served.running.fleet.lanes}[kind]
-    victim = pid_of(actors[int(index)])
     calls = [
         asyncio.create_task(call(served))
         for call in (ask_http, stream_http, stream_grpc, ask_http, watch_health)
@@ -125,7 +135,7 @@ async def test_losing_a_part_ends_its_requests_clearly_and_refuses_new_ones(
     )
     assert not any(call.done() for call in calls)
 
-    os.kill(victim, signal.SIGKILL)
+    await asyncio.to_thread(lose, actors[int(index)])
     async with asyncio.timeout(DEADLINE_S):
         ended: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
 
@@ -208,6 +218,27 @@ async def check_closing(served: Served, close: Callable[[], object]) -> None:
         assert outcome.usage.completion_tokens < LONG["max_tokens"]
     else:
         assert isinstance(outcome, Unreachable), outcome
+
+
+async def test_a_stage_that_hangs_fails_its_requests_in_time_and_may_come_back(
+    served: Served,
+) -> None:
+    want = await asyncio.to_thread(greedy, served)
+    stuck = pid_of(served.running.fleet.stages[1])
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            ended = await asyncio.gather(
+                stream_grpc(served), stream_grpc(served), return_exceptions=True
+            )
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+
+    for error in ended:
+        assert isinstance(error, ServerFailed), error
+        assert "no stage answered a step within 8 s; raise engine.step_timeout_s" in str(error)
+    served.wait_until_idle()
+    assert [await asyncio.to_thread(greedy, served) for _ in range(2)] == [want] * 2
 
 
 # -- nonsense on the wire ----------------------------------------------------------------------
