@@ -7,7 +7,6 @@ last one and streams outputs back to the gateway.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from actors.engine.batch import StepResult
 from actors.engine.batching import LaneLimits
 from actors.engine.lane import LaneCore
 from actors.engine.requests import Request, RequestOutput
+from actors.loop import ServingLoop
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.2
@@ -52,9 +52,8 @@ class DecodeWorker:
         self._inbox = wire.Inbox(f"lane {spec.index}", keys, host=spec.host)
         self._gateway = wire.Outbox(gateway, keys)
         self._first_stage: wire.Outbox | None = None
-        self._stopping = threading.Event()
-        self._failure: Exception | None = None
-        self._loop: threading.Thread | None = None
+        self._loop = ServingLoop("lane", self._take_turn)
+        self._reported_s = 0.0
 
     def ready(self) -> wire.Address:
         return self._inbox.address
@@ -62,47 +61,32 @@ class DecodeWorker:
     def connect(self, first_stage: wire.Address) -> None:
         """Connect to the first stage and start serving."""
         self._first_stage = wire.Outbox(first_stage, self._keys)
-        self._loop = threading.Thread(target=self._serve, name="lane-loop", daemon=True)
         self._loop.start()
 
     def watch(self) -> None:
         """Block while the lane serves; the caller learns of its death by this call's error."""
-        self._stopping.wait()
-        if self._failure is not None:
-            raise self._failure
+        self._loop.watch()
 
     def stop(self) -> None:
         """Stop serving and close the sockets. Safe to call twice."""
-        self._stopping.set()
-        if self._loop is not None:
-            self._loop.join(timeout=10.0)
+        self._loop.stop()
         self._inbox.close()
 
-    def _serve(self) -> None:
-        """Thread: a failure ends the loop and with it `watch`, so that it is noticed."""
-        try:
-            self._take_messages()
-        except Exception as error:  # noqa: BLE001 - raised again by `watch`
-            self._failure = error
-            self._stopping.set()
-
-    def _take_messages(self) -> None:
-        reported_s = 0.0
-        while not self._stopping.is_set():
-            parts = self._inbox.receive(_POLL_S)
-            while parts is not None:
-                self._publish(self._handle(parts))
-                parts = self._inbox.receive(0.0)
-            now_s = time.monotonic()
-            self._publish(self._core.expire(now_s))
-            self._publish(self._overdue(now_s))
-            step = self._core.next_step(now_s)
-            if step is not None and self._first_stage is not None:
-                self._first_stage.send([wire.STEP, step.batch.encode(), _NO_SECONDS])
-            self._publish(self._core.render())
-            if now_s - reported_s > _REPORT_EVERY_S:
-                reported_s = now_s
-                self._report()
+    def _take_turn(self) -> None:
+        parts = self._inbox.receive(_POLL_S)
+        while parts is not None:
+            self._publish(self._handle(parts))
+            parts = self._inbox.receive(0.0)
+        now_s = time.monotonic()
+        self._publish(self._core.expire(now_s))
+        self._publish(self._overdue(now_s))
+        step = self._core.next_step(now_s)
+        if step is not None and self._first_stage is not None:
+            self._first_stage.send([wire.STEP, step.batch.encode(), _NO_SECONDS])
+        self._publish(self._core.render())
+        if now_s - self._reported_s > _REPORT_EVERY_S:
+            self._reported_s = now_s
+            self._report()
 
     def _handle(self, parts: list[memoryview]) -> list[RequestOutput]:
         """Apply one message; a malformed one is dropped and the lane goes on."""

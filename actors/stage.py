@@ -7,7 +7,6 @@ sends the rows on: to the next stage, or, from the last stage, the drawn tokens 
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from actors.engine.config import EngineConfig
 from actors.engine.frames import decode_tensor, encode_tensor
 from actors.engine.pace import DeviceClock
 from actors.engine.slice import StageSlice
+from actors.loop import ServingLoop
 from placement.costs import stage_cost
 from placement.topology import Device
 from placement.workload import ModelProfile
@@ -64,9 +64,8 @@ class StageWorker:
         self._clock = DeviceClock(time.monotonic, time.sleep, cost if is_paced else None)
         self._next: wire.Outbox | None = None
         self._lanes: dict[int, wire.Outbox] = {}
-        self._stopping = threading.Event()
-        self._failure: Exception | None = None
-        self._loop: threading.Thread | None = None
+        self._loop = ServingLoop("stage", self._take_turn)
+        self._reported_s = 0.0
         self._report(0.0)
         self._slice = StageSlice(
             Checkpoint.open(
@@ -96,39 +95,24 @@ class StageWorker:
         if next_stage is not None:
             self._next = wire.Outbox(next_stage, self._keys)
         self._lanes = {index: wire.Outbox(address, self._keys) for index, address in lanes.items()}
-        self._loop = threading.Thread(target=self._serve, name="stage-loop", daemon=True)
         self._loop.start()
 
     def watch(self) -> None:
         """Block while the stage serves; the caller learns of its death by this call's error."""
-        self._stopping.wait()
-        if self._failure is not None:
-            raise self._failure
+        self._loop.watch()
 
     def stop(self) -> None:
         """Stop serving and close the sockets. Safe to call twice."""
-        self._stopping.set()
-        if self._loop is not None:
-            self._loop.join(timeout=10.0)
+        self._loop.stop()
         self._inbox.close()
 
-    def _serve(self) -> None:
-        """Thread: a failure ends the loop and with it `watch`, so that it is noticed."""
-        try:
-            self._take_steps()
-        except Exception as error:  # noqa: BLE001 - raised again by `watch`
-            self._failure = error
-            self._stopping.set()
-
-    def _take_steps(self) -> None:
-        reported_s = 0.0
-        while not self._stopping.is_set():
-            parts = self._inbox.receive(_POLL_S)
-            if parts is not None:
-                self._handle(parts)
-            if time.monotonic() - reported_s > _REPORT_EVERY_S:
-                reported_s = time.monotonic()
-                self._report(1.0, active=True)
+    def _take_turn(self) -> None:
+        parts = self._inbox.receive(_POLL_S)
+        if parts is not None:
+            self._handle(parts)
+        if time.monotonic() - self._reported_s > _REPORT_EVERY_S:
+            self._reported_s = time.monotonic()
+            self._report(1.0, active=True)
 
     def _handle(self, parts: list[memoryview]) -> None:
         """Run one step; what it cannot run is refused to its lane, and serving goes on."""
