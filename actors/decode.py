@@ -71,6 +71,9 @@ class DecodeWorker:
         """Stop serving and close the sockets. Safe to call twice."""
         self._loop.stop()
         self._inbox.close()
+        self._gateway.close()
+        if self._first_stage is not None:
+            self._first_stage.close()
 
     def _take_turn(self) -> None:
         parts = self._inbox.receive(_POLL_S)

@@ -105,6 +105,9 @@ class StageWorker:
         """Stop serving and close the sockets. Safe to call twice."""
         self._loop.stop()
         self._inbox.close()
+        for outbox in (self._monitor, self._next, *self._lanes.values()):
+            if outbox is not None:
+                outbox.close()
 
     def _take_turn(self) -> None:
         parts = self._inbox.receive(_POLL_S)

@@ -35,7 +35,7 @@ REFUSED = b"refused"
 FAIL = b"fail"
 
 MAX_PART_BYTES = 256 * 2**20
-"""A larger part is dropped by the receiver before it is allocated."""
+"""A receiver cuts off who sends a larger part, before it is allocated."""
 _SEND_TIMEOUT_S = 10.0
 _QUEUED_MESSAGES = 10_000
 

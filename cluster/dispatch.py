@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgpack
+import zmq
 
 from actors import wire
 from actors.engine.batching import LaneLimits
@@ -33,6 +34,7 @@ _log = logging.getLogger(__name__)
 _POLL_S = 0.5
 _LOADING_RETRY_S = 2.0
 _LOST_RETRY_S = 30.0
+_LOST_SILENCE_S = 2.0
 
 
 @dataclass(slots=True)
@@ -50,13 +52,17 @@ class _Stream:
 class Dispatcher:
     """Requests in, outputs out. Create and use on the event loop."""
 
-    def __init__(self, info: ModelInfo, plan: StagesPlan, limits: LaneLimits) -> None:
+    def __init__(
+        self, info: ModelInfo, plan: StagesPlan, limits: LaneLimits, *, silence_s: float = 60.0
+    ) -> None:
+        """A stage that has not reported for `silence_s` (longer than any step) is not active."""
         self.keys = wire.WireKeys.make()
         self.serving = asyncio.Event()
         """Set once every stage has said that it serves."""
         self.lost = asyncio.Event()
         """Set once a part is lost: nothing is served any more."""
         self._info = info
+        self._silence_s = silence_s
         self._plan = plan
         self._limits = limits
         self._loop = asyncio.get_running_loop()
@@ -69,6 +75,7 @@ class Dispatcher:
         self._next_lane_id = 0
         self._stage_reports: dict[int, Mapping[str, Any]] = {}
         self._lane_reports: dict[int, Mapping[str, Any]] = {}
+        self._heard_s: dict[int, float] = {}
         self._unavailable: Unavailable | None = Unavailable("stages are loading", _LOADING_RETRY_S)
 
     def open(self, host: str) -> wire.Address:
@@ -87,11 +94,14 @@ class Dispatcher:
         """A stage or lane is lost: end what is in flight and take nothing more."""
         self._unavailable = Unavailable(reason, _LOST_RETRY_S)
         self.lost.set()
-        for lane in self._lanes:
-            lane.send([wire.FAIL, msgpack.packb(reason)])
         for request_id, stream in self._streams.items():
             error = RequestOutput(id=request_id, finish_reason="error", error=reason)
             stream.outputs.put_nowait(error)
+        for lane in self._lanes:
+            try:
+                lane.send([wire.FAIL, msgpack.packb(reason)])
+            except wire.WireError as error:
+                _log.warning("%s", error)
 
     async def close(self) -> None:
         """End what is in flight and close the sockets."""
@@ -191,9 +201,13 @@ class Dispatcher:
             )
         stream = _Stream(lane, str(self._next_lane_id), request.n)
         self._next_lane_id += 1
-        self._streams[request.id] = self._by_lane_id[stream.lane_id] = stream
         asked = replace(request, id=stream.lane_id)
-        self._lanes[lane].send([wire.REQUEST, msgpack.packb(asked.to_wire())])
+        try:
+            self._lanes[lane].send([wire.REQUEST, msgpack.packb(asked.to_wire())])
+        except wire.WireError as error:
+            raise Unavailable(str(error), _LOST_RETRY_S) from error
+        # Its outputs come through this event loop, so none can have come yet.
+        self._streams[request.id] = self._by_lane_id[stream.lane_id] = stream
         return stream
 
     def _abort(self, stream: _Stream) -> None:
@@ -208,7 +222,11 @@ class Dispatcher:
         """Thread: hand every message to the event loop."""
         assert self._inbox is not None
         while not self._stopping.is_set():
-            parts = self._inbox.receive(_POLL_S)
+            try:
+                parts = self._inbox.receive(_POLL_S)
+            except zmq.ZMQError as error:
+                self._loop.call_soon_threadsafe(self.fail, f"the gateway hears nothing: {error}")
+                return
             if parts is None:
                 continue
             try:
@@ -230,6 +248,7 @@ class Dispatcher:
         elif kind == wire.REPORT:
             if "stage" in value:
                 self._stage_reports[value["stage"]] = value
+                self._heard_s[value["stage"]] = self._loop.time()
                 if all(self._stage_status(i).active for i in range(len(self._plan.stages))):
                     self.serving.set()
             else:
@@ -244,7 +263,7 @@ class Dispatcher:
             node=placed.node,
             first_layer=placed.first_layer,
             end_layer=placed.end_layer,
-            active=bool(report.get("active", False)),
+            active=bool(report.get("active", False)) and self._is_heard(index),
             loaded_fraction=report.get("loaded_fraction", 0.0),
             busy_s=report.get("busy_s", 0.0),
             steps=report.get("steps", 0),
@@ -260,6 +279,12 @@ class Dispatcher:
             prefix_hit_tokens=report["prefix_hit_tokens"],
             **{name: report[name] for name in names},
         )
+
+    def _is_heard(self, index: int) -> bool:
+        """Whether a stage reported lately. It does so between steps, so a long step is silence too;
+        once something is lost there are no more steps to wait for."""
+        silent_s = self._loop.time() - self._heard_s.get(index, 0.0)
+        return silent_s < (self._silence_s if self._unavailable is None else _LOST_SILENCE_S)
 
     def _link_bytes(self) -> dict[str, int]:
         """Bytes over each link: lanes to the first stage, stage to stage, last stage to lanes."""

@@ -6,9 +6,9 @@ Ray task. It ranks devices well enough to cut layers; it is not a profile of the
 
 from __future__ import annotations
 
-import os
 import socket
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.fleet import Host
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
+from cluster.doctor_checks import available_memory_bytes
 from cluster.planning import declared_device
 from placement.topology import Device
 
@@ -72,12 +73,25 @@ def find_devices(config: MotleyConfig, hosts: Mapping[str, Host]) -> list[Device
         raise ConfigError(
             f"devices: no live Ray node is called {', '.join(missing)}; known: {known}"
         )
+    _check_gpus(specs, hosts)
     unmeasured = [spec for spec in specs if spec.missing_figures]
     figures = _measure(unmeasured, hosts)
     return [
         _with_figures(spec, figures[spec.id]) if spec.id in figures else declared_device(spec)
         for spec in specs
     ]
+
+
+def _check_gpus(specs: Sequence[DeviceSpec], hosts: Mapping[str, Host]) -> None:
+    """Refuse more cuda devices on a node than Ray sees GPUs there: they would wait for ever."""
+    wanted = Counter(hosts[spec.node].ray_node_id for spec in specs if spec.kind == "cuda")
+    for node in _live_nodes():
+        count, present = wanted[node["NodeID"]], int(node["Resources"].get("GPU", 0))
+        if count > present:
+            raise ConfigError(
+                f"devices: {count} of kind cuda on node {node['NodeManagerAddress']}, where Ray "
+                f"sees {present} GPUs; remove some, or start its Ray node with --num-gpus"
+            )
 
 
 def _with_figures(spec: DeviceSpec, measured: Figures) -> Device:
@@ -109,11 +123,9 @@ def _discover(hosts: Mapping[str, Host]) -> list[DeviceSpec]:
     return specs
 
 
-def _measure(specs: list[DeviceSpec], hosts: Mapping[str, Host]) -> dict[str, Figures]:
+def _measure(specs: Sequence[DeviceSpec], hosts: Mapping[str, Host]) -> dict[str, Figures]:
     """Measure devices, one after another on a node so that they do not disturb each other."""
-    sharing: dict[str, int] = {}
-    for spec in specs:
-        sharing[spec.node] = sharing.get(spec.node, 0) + 1
+    sharing = Counter(hosts[spec.node].ray_node_id for spec in specs if spec.kind != "cuda")
     measured: dict[str, Figures] = {}
     for spec in specs:
         affinity = NodeAffinitySchedulingStrategy(hosts[spec.node].ray_node_id, soft=False)
@@ -130,7 +142,7 @@ def _measure(specs: list[DeviceSpec], hosts: Mapping[str, Host]) -> dict[str, Fi
                 f"device {spec.id} could not be measured ({type(error).__name__}); declare its "
                 "flops_per_s, memory_bytes_per_s and memory_bytes"
             ) from error
-        share = 1 if is_cuda else sharing[spec.node]
+        share = 1 if is_cuda else sharing[hosts[spec.node].ray_node_id]
         measured[spec.id] = Figures(
             flops_per_s=flops_per_s,
             memory_bytes_per_s=memory_bytes_per_s,
@@ -169,4 +181,4 @@ def _measure_here(is_cuda: bool) -> tuple[float, float, int]:
     bytes_per_s = 2 * block.numel() / seconds(lambda: target.copy_(block), 5)
     if is_cuda:
         return flops_per_s, bytes_per_s, int(torch.cuda.mem_get_info()[0])
-    return flops_per_s, bytes_per_s, os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return flops_per_s, bytes_per_s, available_memory_bytes() or 0

@@ -111,7 +111,7 @@ async def deployment(
         on_event(Planned(plan))
         limits = lane_limits(config, checkpoint, plan)
         info = _model_info(config, checkpoint, limits, width)
-        dispatcher = Dispatcher(info, plan, limits)
+        dispatcher = Dispatcher(info, plan, limits, silence_s=config.engine.step_timeout_s)
         stack.push_async_callback(dispatcher.close)
         monitor = dispatcher.open(hosts[LOCAL].address)
         tokenizer = await loading
@@ -202,7 +202,12 @@ async def _watched(fleet: Fleet, dispatcher: Dispatcher) -> AsyncIterator[None]:
 
 async def _watch(fleet: Fleet, dispatcher: Dispatcher, stopping: asyncio.Event) -> None:
     while not stopping.is_set():
-        reason = await asyncio.to_thread(fleet.lost, _WATCH_EVERY_S)
+        try:
+            reason = await asyncio.to_thread(fleet.lost, _WATCH_EVERY_S)
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody watches any more
+            if not stopping.is_set():
+                dispatcher.fail(f"Ray does not answer: {error}")
+            return
         if reason is not None and not stopping.is_set():
             _log.error("%s", reason)
             dispatcher.fail(reason)

@@ -21,6 +21,8 @@ case "${1:-}" in
 esac
 
 ensure_environment
+# It meets no deployment and no cluster of yours.
+unset MOTLEY_TARGET MOTLEY_TOKEN MOTLEY_URL MOTLEY_TLS_CERT RAY_ADDRESS
 
 # A folder of its own, so that two runs (or a run beside your own deployment) do not meet.
 work="$(mktemp -d "${TMPDIR:-/tmp}/motley-quickstart.XXXXXX")"

@@ -7,7 +7,7 @@ source deploy/environment.sh
 
 ensure_environment test
 # The tests choose their own folder and never meet a deployment of yours.
-unset MOTLEY_HOME MOTLEY_TARGET MOTLEY_TOKEN MOTLEY_URL RAY_ADDRESS
+unset MOTLEY_HOME MOTLEY_TARGET MOTLEY_TOKEN MOTLEY_URL MOTLEY_TLS_CERT RAY_ADDRESS
 
 say "format"
 .venv/bin/ruff format --check .

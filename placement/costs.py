@@ -12,7 +12,8 @@ Sources:
   skew makes this an upper bound).
 - Activations: Korthikanti et al., "Reducing Activation Recomputation in Large Transformer
   Models", 2022, count 34 bytes per hidden element of a layer at 2 bytes each, that is 17 rows.
-  Inference keeps one layer's worth at a time, so 17 rows bound it from above.
+  Inference keeps one layer's worth at a time, so 17 rows cover it; the KV that attention gathers
+  is not counted.
 
 Limits: attention FLOPs count `context_tokens` once per sequence, exact for decoding and low for
 long prompt chunks; nothing is said of kernel launch times.

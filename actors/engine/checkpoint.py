@@ -49,6 +49,7 @@ _EXPERT_PART: Mapping[str, tuple[str, Literal["gate", "up", "all"]]] = {
 # Old conversions store what the architecture computes; transformers passes over it too.
 _COMPUTED = ".rotary_emb.inv_freq"
 EMBEDDING = "model.embed_tokens.weight"
+_DEFAULT_POSITIONS = 2048
 FINAL_NORM = "model.norm."
 HEAD = "lm_head.weight"
 
@@ -131,7 +132,7 @@ class Checkpoint:
 
     @property
     def max_model_tokens(self) -> int:
-        return int(self.config.get("max_position_embeddings", 2048))
+        return int(self.config.get("max_position_embeddings", _DEFAULT_POSITIONS))
 
     @property
     def num_parameters(self) -> int:
@@ -147,9 +148,10 @@ class Checkpoint:
         generation = self.path / "generation_config.json"
         values = _read_json(generation) if generation.exists() else {}
         eos = values.get("eos_token_id", self.config.get("eos_token_id"))
-        if eos is None:
-            return ()
-        return tuple(eos) if isinstance(eos, list) else (int(eos),)
+        ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        if not all(type(token) is int for token in ids):
+            raise CheckpointError(f"{self.path}: eos_token_id ({eos!r}) must be token ids")
+        return tuple(ids)
 
     def owned(self, first_layer: int, end_layer: int) -> list[TensorInfo]:
         """Return the tensors that a stage with layers [first_layer, end_layer) reads.
@@ -332,6 +334,12 @@ def _check_sizes(path: Path, config: Mapping[str, Any]) -> None:
             raise CheckpointError(
                 f"{path / 'config.json'}: {name} ({value!r}) must be a whole number above 0"
             )
+    longest = config.get("max_position_embeddings", _DEFAULT_POSITIONS)
+    if type(longest) is not int or longest < 1:
+        raise CheckpointError(
+            f"{path / 'config.json'}: max_position_embeddings ({longest!r}) must be a whole number "
+            "above 0"
+        )
 
 
 def _shards(path: Path) -> list[tuple[Path, set[str]]]:

@@ -66,7 +66,8 @@ class LaneCore:
 
     def add(self, request: Request, now_s: float) -> list[RequestOutput]:
         """Queue a request; a refusal comes back as its outputs."""
-        if self._scheduler.num_waiting + request.n > self._limits.max_waiting:
+        queued = self._scheduler.num_running + self._scheduler.num_waiting
+        if queued + request.n > self._limits.max_running + self._limits.max_waiting:
             return [_failed(request.id, 0, "overloaded")]
         try:
             choices = self._scheduler.add(request)

@@ -14,6 +14,7 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 32
 MAX_SEED = 2**63 - 1
 
@@ -77,6 +78,11 @@ class SamplingParams:
             raise RequestError("stop must be a list of strings, not one string", "stop")
         if len(self.stop) > MAX_STOPS:
             raise RequestError(f"{len(self.stop)} stop strings; at most {MAX_STOPS}", "stop")
+        if len(self.stop_token_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"{len(self.stop_token_ids)} stop token ids; at most {MAX_STOP_TOKEN_IDS}",
+                "stop_token_ids",
+            )
         if any(not s for s in self.stop):
             raise RequestError("a stop string is empty; leave it out instead", "stop")
         for name in ("logprobs", "prompt_logprobs"):

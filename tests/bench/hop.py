@@ -86,6 +86,9 @@ class Peer:
                 times.append((time.perf_counter() - start) / 2)
         return times
 
+    def close(self) -> None:
+        self._inbox.close()
+
     def take(self, payload: Any) -> None:
         """What a Ray call delivers."""
 
@@ -141,6 +144,7 @@ def measure(label: str, cores: tuple[int | None, ...], rounds: int, repeats: int
         name = f"hop {amount}, {label}"
         figures.append(at_most(f"{name}: us beside raw TCP", wire_s * 1e6, tcp_s * 1e6, 5))
         figures.append(at_least(f"{name}: 1/s beside a Ray call", 1 / wire_s, 1 / ray_s, 10))
+    ray.get([near.close.remote(), far.close.remote()])
     return figures
 
 

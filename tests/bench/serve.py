@@ -64,7 +64,7 @@ def make_wide_checkpoint(folder: Path) -> Path:
     return folder
 
 
-def baseline(model: Path, threads: int, batch: int, new_tokens: int) -> float:
+def baseline(model: Path, threads: int, batch: int, new_tokens: int, repeats: int) -> float:
     """Tokens/s of `generate` in a process of its own."""
     script = f"""
 import sys, time, torch
@@ -80,7 +80,7 @@ def run(n):
                    max_new_tokens=n, min_new_tokens=n, pad_token_id=0)
     return time.perf_counter() - start
 run(8)
-print({batch * new_tokens} / min(run({new_tokens}) for _ in range(2)))
+print({batch * new_tokens} / min(run({new_tokens}) for _ in range({repeats})))
 """
     out = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=300,
@@ -137,7 +137,7 @@ async def measure_real(
     label: str, model: Path, *, new_tokens: int, repeats: int
 ) -> tuple[list[Figure], dict[int, Run]]:
     bases = {
-        batch: max(baseline(model, threads, batch, new_tokens) for threads in (1, 2))
+        batch: max(baseline(model, threads, batch, new_tokens, repeats) for threads in (1, 2))
         for batch in BATCHES
     }
     best: dict[int, Run] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -124,26 +125,39 @@ def test_a_submitted_job_serves_tokens(
     }  # fmt: skip
     config.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
 
-    submitted = _ray(
-        "job", "submit", "--address", ray_head, "--no-wait", "--submission-id", "motley-test",
-        "--working-dir", str(ROOT), "--", "python", "-m", "cluster", "up", "--json",
-        "--config", str(config), environment=environment,
-    )  # fmt: skip
-    assert submitted.ok, submitted.out
-    ready = _wait_for_ready(ray_head, environment)
+    job = _submit(ray_head, config, environment)
+    ready = _wait_for_ready(ray_head, job, environment)
 
     with MotleyClient(ready["grpc_target"], ready["token"]) as client:
         result = client.complete("def f(n):", max_tokens=8, temperature=0.0, ignore_eos=True)
     assert len(result.choices[0].token_ids) == 8
 
-    stopped = _ray("job", "stop", "--address", ray_head, "motley-test", environment=environment)
+    stopped = _ray("job", "stop", "--address", ray_head, job, environment=environment)
     assert stopped.ok, stopped.out
 
 
-def _wait_for_ready(url: str, environment: dict[str, str]) -> dict[str, Any]:
+def _submit(url: str, config: Path, environment: dict[str, str]) -> str:
+    """Submit the job, again while the head has no agent yet to run it."""
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    for attempt in itertools.count():
+        job = f"motley-test-{attempt}"
+        submitted = _ray(
+            "job", "submit", "--address", url, "--no-wait", "--submission-id", job,
+            "--working-dir", str(ROOT), "--", "python", "-m", "cluster", "up", "--json",
+            "--config", str(config), environment=environment,
+        )  # fmt: skip
+        if submitted.ok:
+            return job
+        assert "No available agent" in submitted.out, submitted.out
+        assert time.monotonic() < deadline_s, submitted.out
+        time.sleep(0.5)
+    raise AssertionError("unreachable")
+
+
+def _wait_for_ready(url: str, job: str, environment: dict[str, str]) -> dict[str, Any]:
     deadline_s = time.monotonic() + START_TIMEOUT_S
     while True:
-        logs = _ray("job", "logs", "--address", url, "motley-test", environment=environment).out
+        logs = _ray("job", "logs", "--address", url, job, environment=environment).out
         for line in logs.splitlines():
             if re.match(r'\{.*"event": ?"ready"', line):
                 value: dict[str, Any] = json.loads(line)

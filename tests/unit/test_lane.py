@@ -418,7 +418,7 @@ def test_an_id_may_be_used_again_while_the_step_of_its_aborted_holder_is_in_flig
 
 
 def test_one_more_than_may_wait_is_refused_as_overloaded() -> None:
-    lane = Driver(max_waiting=3)
+    lane = Driver(max_running=1, max_waiting=2)
     assert lane.add("a", n=2) == []
 
     [refusal] = lane.add("b", n=2)
