@@ -59,6 +59,9 @@ def ray_head(environment: dict[str, str], tmp_path: Path) -> Iterator[str]:
         "ray", "start", "--head", "--block", f"--port={free_port()}",
         f"--dashboard-port={dashboard}", "--num-cpus=8", "--object-store-memory=80000000",
         f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--include-dashboard=true",
+        # Without ports of its own the agent that starts jobs cannot listen beside another Ray's.
+        f"--dashboard-agent-listen-port={free_port()}",
+        f"--dashboard-agent-grpc-port={free_port()}", f"--metrics-export-port={free_port()}",
     ]  # fmt: skip
     log = tmp_path / "head.log"
     with log.open("w", encoding="utf-8") as out:
