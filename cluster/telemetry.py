@@ -1,8 +1,8 @@
 """What the gateway measures, in Prometheus' words, and the only place that configures logging.
 
 Request metrics are observed as requests run. Everything about stages, lanes and links is read
-from the latest `DeploymentStatus` when the metrics are rendered, so nothing is counted twice and
-a stage that is gone is no longer shown. All names begin with `motley_` and end in their unit.
+from the latest `DeploymentStatus` when the metrics are rendered, so nothing is counted twice; a
+stage that is gone is shown as not active. All names begin with `motley_` and end in their unit.
 """
 
 from __future__ import annotations
