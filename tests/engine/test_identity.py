@@ -60,15 +60,23 @@ def greedy_requests() -> list[Request]:
     return [Request(id=str(i), prompt=p, sampling=sampling) for i, p in enumerate(prompts())]
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("num_stages", CUTS)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_batch_of_16_with_chunks_preemption_and_shared_prefixes(
+def test_batch_of_16_with_chunks_and_preemption(
     model_type: str,
     num_stages: int,
+    prefix_cache: bool,
     checkpoint_dir: Callable[..., Path],
     expected: Callable[[str], list[Expected]],
 ) -> None:
-    tight = EngineConfig(kv_block_tokens=4, num_kv_blocks=40, max_running=16, max_step_tokens=20)
+    tight = EngineConfig(
+        kv_block_tokens=4,
+        num_kv_blocks=40,
+        max_running=16,
+        max_step_tokens=20,
+        prefix_cache=prefix_cache,
+    )
     checkpoint = Checkpoint.open(str(checkpoint_dir(model_type)))
     pipeline = LocalPipeline(checkpoint, CUTS[num_stages], config=tight)
 
@@ -76,19 +84,21 @@ def test_batch_of_16_with_chunks_preemption_and_shared_prefixes(
 
     check_identical(expected(model_type), [done[str(i), 0].tokens for i in range(len(LENGTHS))])
     assert pipeline.scheduler.num_preemptions > 0
-    assert pipeline.scheduler.prefix_hit_tokens > 0
+    assert (pipeline.scheduler.prefix_hit_tokens > 0) is prefix_cache
     assert pipeline.scheduler.pool.blocks_in_use == 0
 
 
+@pytest.mark.parametrize("num_stages", CUTS)
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_one_at_a_time_without_prefix_cache(
     model_type: str,
+    num_stages: int,
     checkpoint_dir: Callable[..., Path],
     expected: Callable[[str], list[Expected]],
 ) -> None:
     roomy = EngineConfig(kv_block_tokens=16, num_kv_blocks=32, prefix_cache=False)
     checkpoint = Checkpoint.open(str(checkpoint_dir(model_type)))
-    pipeline = LocalPipeline(checkpoint, (2,), config=roomy)
+    pipeline = LocalPipeline(checkpoint, CUTS[num_stages], config=roomy)
 
     got = [pipeline.generate([request])[request.id, 0].tokens for request in greedy_requests()]
 
