@@ -25,6 +25,11 @@ class LayerCost:
     """The part of `weight_bytes` that belongs to routed experts."""
     num_experts: int = 0
     experts_per_token: int = 0
+    activation_bytes_per_token: int = 0
+    """What one row leaves behind for the backward pass, attention scores not counted."""
+    score_bytes_per_token_pair: int = 0
+    """Attention scores and probabilities of one row and one context token, kept for the backward
+    pass where the attention materialises them; 0: it does not (flash, SDPA)."""
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -122,3 +127,42 @@ class ServingWorkload:
     def context_tokens(self) -> int:
         """Context of one step: summed over the sequences of one lane."""
         return self.sequences_per_lane * self.context_tokens_per_sequence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingWorkload:
+    """The load a training plan is made for."""
+
+    micro_batches: int
+    """Of one round: what visits every slot before the next round begins."""
+    sequences_per_micro_batch: int
+    sequence_tokens: int
+    trained_fraction: float = 1.0
+    """Share of the weights that has gradients: 1 for full fine-tuning, little for adapters."""
+    moment_bytes_per_parameter: float = 8.0
+    """Optimizer state on the host beside the master weights: 8 for AdamW in float32."""
+    master_bytes_per_parameter: float = 4.0
+    """Master weights on the host when they are kept in another format; 0: the weights serve."""
+
+    def __post_init__(self) -> None:
+        for name in ("micro_batches", "sequences_per_micro_batch", "sequence_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if not 0.0 <= self.trained_fraction <= 1.0:
+            raise ValueError(f"trained_fraction ({self.trained_fraction}) must be from 0 to 1")
+        for name in ("moment_bytes_per_parameter", "master_bytes_per_parameter"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name} ({value}) must be 0 or more and finite")
+
+    @property
+    def tokens(self) -> int:
+        """Rows of one micro-batch."""
+        return self.sequences_per_micro_batch * self.sequence_tokens
+
+    @property
+    def context_tokens(self) -> int:
+        """KV tokens that the rows of one micro-batch attend to, in sum (causal attention)."""
+        return (
+            self.sequences_per_micro_batch * self.sequence_tokens * (self.sequence_tokens + 1) // 2
+        )
