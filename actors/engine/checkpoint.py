@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from safetensors import SafetensorError, safe_open
 
-from placement.workload import LayerCost, ModelProfile
+from actors.engine.outline import Shape, implied_shapes, model_profile
+from placement.workload import ModelProfile
 
 VERIFIED_MODEL_TYPES = (
     "gpt_oss",
@@ -173,50 +174,8 @@ class Checkpoint:
 
     def profile(self, *, dtype_bytes: int) -> ModelProfile:
         """Return what each layer costs when held in a type of `dtype_bytes` bytes."""
-        hidden = int(self.config["hidden_size"])
-        vocab_bytes = self.vocab_size * hidden * dtype_bytes
-        embedding = LayerCost(flops_per_token=0, weight_bytes=vocab_bytes, kv_bytes_per_token=0)
-        head = LayerCost(
-            flops_per_token=2 * self.vocab_size * hidden,
-            weight_bytes=vocab_bytes + hidden * dtype_bytes,
-            kv_bytes_per_token=0,
-        )
-        by_layer: dict[int, list[TensorInfo]] = {index: [] for index in range(self.num_layers)}
-        for tensor in self.tensors:
-            if tensor.layer is not None:
-                by_layer[tensor.layer].append(tensor)
-        return ModelProfile(
-            name=self.path.name,
-            embedding=embedding,
-            layers=tuple(
-                self._layer_cost(by_layer[i], dtype_bytes) for i in range(self.num_layers)
-            ),
-            head=head,
-            hidden_bytes_per_token=hidden * dtype_bytes,
-        )
-
-    def _layer_cost(self, tensors: list[TensorInfo], dtype_bytes: int) -> LayerCost:
-        routed = [t for t in tensors if ".experts." in t.parameter]
-        routed_numel = sum(t.numel for t in routed)
-        dense_numel = sum(t.numel for t in tensors) - routed_numel
-        num_experts, per_token = self._experts() if routed else (0, 0)
-        active_numel = dense_numel + (routed_numel * per_token // num_experts if routed else 0)
-        rows = {t.parameter.rsplit(".self_attn.", 1)[-1]: t.shape[0] for t in tensors if t.shape}
-        return LayerCost(
-            flops_per_token=2 * active_numel,
-            weight_bytes=(dense_numel + routed_numel) * dtype_bytes,
-            kv_bytes_per_token=2 * rows["k_proj.weight"] * dtype_bytes,
-            attention_flops_per_context_token=4 * rows["q_proj.weight"],
-            routed_bytes=routed_numel * dtype_bytes,
-            num_experts=num_experts,
-            experts_per_token=per_token,
-        )
-
-    def _experts(self) -> tuple[int, int]:
-        for name in ("num_experts", "num_local_experts"):
-            if name in self.config:
-                return int(self.config[name]), int(self.config["num_experts_per_tok"])
-        raise CheckpointError(f"{self.path}: has expert tensors but config.json no num_experts")
+        shapes = [Shape(tensor.parameter, tensor.shape) for tensor in self.tensors]
+        return _profile(self.path, self.config, shapes, dtype_bytes)
 
     def _check_complete(self) -> None:
         present = {tensor.layer for tensor in self.tensors}
@@ -242,8 +201,46 @@ class Checkpoint:
             )
 
 
-def locate(model: str) -> Path:
-    """Return the directory of a checkpoint: a local path first, else a hub id."""
+def planning_profile(
+    model: str, *, dtype_bytes: int, allow_unverified: bool = False
+) -> ModelProfile:
+    """Return the profile of a checkpoint whose weights need not be here.
+
+    A folder without weights, or a hub id, is described by its config.json alone.
+
+    Raises:
+        CheckpointError: Not found, unreadable, incomplete, or not servable.
+    """
+    path = Path(model).expanduser()
+    if any(path.glob("*.safetensors*")):
+        checkpoint = Checkpoint.open(model, allow_unverified=allow_unverified)
+        return checkpoint.profile(dtype_bytes=dtype_bytes)
+    path = locate(model, weights=False)
+    config = _read_config(path)
+    # Without tensors to look at, only the architectures whose tensors are known can be described.
+    check_servable(config)
+    _check_sizes(path, config)
+    try:
+        shapes = implied_shapes(config)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return _profile(path, config, shapes, dtype_bytes)
+
+
+def _profile(
+    path: Path, config: Mapping[str, Any], shapes: Sequence[Shape], dtype_bytes: int
+) -> ModelProfile:
+    try:
+        return model_profile(path.name, config, shapes, dtype_bytes=dtype_bytes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def locate(model: str, *, weights: bool = True) -> Path:
+    """Return the directory of a checkpoint: a local path first, else a hub id.
+
+    Without `weights` only the configuration of a hub id is fetched.
+    """
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -255,8 +252,9 @@ def locate(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    patterns = ["*.json", "*.safetensors", "*.jinja"] if weights else ["config.json"]
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja"]))
+        return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(f"hub id {model!r} could not be fetched: {error}") from error
 
