@@ -21,7 +21,9 @@ from pydantic_core import ErrorDetails
 from actors.engine.config import EngineConfig
 from cluster.gateway.settings import GatewaySettings
 from cluster.quantities import parse_bytes, parse_bytes_per_s, parse_flops_per_s
-from placement.topology import DeviceKind
+from placement.costs import LEAST_HEADROOM_FRACTION
+from placement.topology import DEFAULT_LINK_BYTES_PER_S, DEFAULT_LINK_LATENCY_S, DeviceKind
+from placement.workload import DeviceOrder, Objective
 
 ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
 BytesPerS = Annotated[float, BeforeValidator(parse_bytes_per_s)]
@@ -51,6 +53,10 @@ class DeviceSpec(_Settings):
     memory_bytes_per_s: BytesPerS | None = None
     memory_bytes: ByteCount | None = None
     """For a real device the figures may be left out: `motley up` measures them."""
+    active_power_w: float | None = Field(None, gt=0, allow_inf_nan=False)
+    """Watts above idle while it computes; every device needs it to plan for energy."""
+    host_bytes_per_s: BytesPerS | None = None
+    """Rate at which weights reach it from its node's memory when training; None: at once."""
 
     @property
     def missing_figures(self) -> tuple[str, ...]:
@@ -72,19 +78,33 @@ class LinkSpec(_Settings):
     source_node: str = Field(min_length=1)
     target_node: str = Field(min_length=1)
     bandwidth_bytes_per_s: BytesPerS
-    latency_s: float = Field(5e-4, ge=0)
+    latency_s: float = Field(DEFAULT_LINK_LATENCY_S, ge=0, allow_inf_nan=False)
+
+
+class DefaultLinkSpec(_Settings):
+    """What any two nodes can send each other where `links` says nothing."""
+
+    bandwidth_bytes_per_s: BytesPerS = DEFAULT_LINK_BYTES_PER_S
+    latency_s: float = Field(DEFAULT_LINK_LATENCY_S, ge=0, allow_inf_nan=False)
 
 
 class PlanSettings(_Settings):
-    """The load that the cut is planned for."""
+    """What the cut is planned for."""
+
+    objective: Objective = "throughput"
+    """throughput: most tokens/s over all lanes. latency: shortest step, for a single stream.
+    energy: fewest joules a token."""
+    device_order: DeviceOrder = "free"
+    """free: stages use the devices in the order that is best. given: in the order of `devices`,
+    which a forced cut always keeps."""
 
     lanes: int = Field(2, ge=1, le=64)
     """Batches in flight; with fewer lanes than stages some stage always waits."""
     sequences_per_lane: int = Field(8, ge=1)
     context_tokens: int = Field(512, ge=1)
     """Tokens of one sequence, prompt and output."""
-    headroom_fraction: float = Field(0.1, ge=0, lt=1)
-    """Share of each device's memory that the plan leaves alone."""
+    headroom_fraction: float = Field(LEAST_HEADROOM_FRACTION, ge=LEAST_HEADROOM_FRACTION, lt=1)
+    """Share of each device's memory that the plan leaves alone; allocators fragment."""
     layer_counts: tuple[int, ...] | None = None
     """Force the cut: one layer count per device, 0 leaves it out."""
 
@@ -111,8 +131,10 @@ class MotleyConfig(_Settings):
     """What clients call the model and the command line the deployment; None: the folder's name."""
     engine: EngineConfig = EngineConfig()
     devices: tuple[DeviceSpec, ...] | None = Field(None, min_length=1)
-    """In the order in which stages may use them. None: every node's devices, measured."""
+    """None: every node's devices, measured."""
     links: tuple[LinkSpec, ...] = ()
+    default_link: DefaultLinkSpec | None = DefaultLinkSpec()
+    """Between nodes that no link joins: gigabit Ethernet. null: they cannot reach each other."""
     plan: PlanSettings = PlanSettings()
     gateway: GatewaySettings = GatewaySettings()
     ray: RaySettings = RaySettings()

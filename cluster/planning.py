@@ -8,7 +8,7 @@ from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
 from placement.errors import InfeasiblePlanError
 from placement.stages import StagesPlan, plan_stages
-from placement.topology import Device, DeviceKind, Link, Topology
+from placement.topology import Device, DeviceKind, Link, LinkRate, Topology
 from placement.workload import ModelProfile, ServingWorkload
 
 
@@ -30,6 +30,8 @@ def declared_device(spec: DeviceSpec) -> Device:
         flops_per_s=spec.flops_per_s,
         memory_bytes_per_s=spec.memory_bytes_per_s,
         memory_bytes=spec.memory_bytes,
+        active_power_w=spec.active_power_w,
+        host_bytes_per_s=spec.host_bytes_per_s,
     )
 
 
@@ -69,7 +71,16 @@ def topology_of(config: MotleyConfig, devices: Sequence[Device]) -> Topology:
         )
         for link in config.links
     )
-    return Topology(devices=tuple(devices), links=links)
+    default = config.default_link
+    return Topology(
+        devices=tuple(devices),
+        links=links,
+        default_link=None
+        if default is None
+        else LinkRate(
+            bandwidth_bytes_per_s=default.bandwidth_bytes_per_s, latency_s=default.latency_s
+        ),
+    )
 
 
 def serving_workload(config: MotleyConfig) -> ServingWorkload:

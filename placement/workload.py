@@ -7,6 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal
+
+Objective = Literal["throughput", "latency", "energy"]
+"""What a serving plan minimises: the period of a step, its latency, or its joules."""
+DeviceOrder = Literal["given", "free"]
+"""Whether stages keep the order of the devices, or take the order that is best."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
