@@ -137,6 +137,26 @@ def _roofline_seconds(device: Device, layer: LayerCost) -> LayerSeconds:
     )
 
 
+def expert_weight_bytes(layer: LayerCost) -> int:
+    """Return the bytes of one of a layer's routed experts."""
+    return -(-layer.routed_bytes // layer.num_experts)
+
+
+def expert_read_s(device: Device, layer: LayerCost) -> float:
+    """Return the seconds to read one routed expert's weights."""
+    return expert_weight_bytes(layer) / device.memory_bytes_per_s
+
+
+def expert_row_s(device: Device, layer: LayerCost) -> float:
+    """Return the compute seconds of one row in one routed expert.
+
+    A row's FLOPs go with the weights it uses: a share of the dense ones and of its k experts.
+    """
+    expert_bytes = layer.routed_bytes / layer.num_experts
+    used_bytes = layer.weight_bytes - layer.routed_bytes + layer.experts_per_token * expert_bytes
+    return layer.flops_per_token * expert_bytes / used_bytes / device.flops_per_s
+
+
 def layer_read_bytes(layer: LayerCost, tokens: int) -> float:
     """Return the weight bytes that a step of `tokens` rows is expected to read."""
     if tokens <= 0:

@@ -209,24 +209,36 @@ def _motley_layers(
 ) -> list[LayerExperts]:
     if num_spread < 0:
         raise ValueError(f"num_spread ({num_spread}) must be 0 or more experts")
+    # Layers of equal loads, as before anything was measured, are placed alike.
+    placed = {
+        problem: _motley_layer(problem, devices, num_groups, num_spread, max_trials)
+        for problem in dict.fromkeys(problems)
+    }
+    return [placed[problem] for problem in problems]
+
+
+def _motley_layer(
+    problem: LayerProblem,
+    devices: Sequence[ExpertDevice],
+    num_groups: int,
+    num_spread: int,
+    max_trials: int,
+) -> LayerExperts:
     nodes = [device.node for device in devices]
-    layers = []
-    for problem in problems:
-        starts = list(greedy_starts(problem))
-        # EPLB's placement with exact weights in place of equal ones, so as never to do worse.
-        for groups in sorted({1, num_groups}):
-            if _eplb_num_slots(problem) >= len(problem.loads):
-                [shares] = _eplb_shares([problem], devices, groups)
-                starts.append([sorted(by_device) for by_device in shares])
-        state = search_layer(problem, starts, max_trials)
-        hottest = hottest_experts(problem.loads, num_spread)
-        if hottest:
-            state = spread_experts(state, nodes, hottest, max_trials)
-        # Without the replicas that the search found to carry nothing.
-        rows = solve_weights(state.holders, problem.loads, problem.speeds).rows
-        alone = tuple(e for e in hottest if not on_two_nodes(state.holders[e], nodes))
-        layers.append(_layer(problem, [_shares(by) for by in rows], devices, not_spread=alone))
-    return layers
+    starts = list(greedy_starts(problem))
+    # EPLB's placement with exact weights in place of equal ones, so as never to do worse.
+    for groups in sorted({1, num_groups}):
+        if _eplb_num_slots(problem) >= len(problem.loads):
+            [shares] = _eplb_shares([problem], devices, groups)
+            starts.append([sorted(by_device) for by_device in shares])
+    state = search_layer(problem, starts, max_trials)
+    hottest = hottest_experts(problem.loads, num_spread)
+    if hottest:
+        state = spread_experts(state, nodes, hottest, max_trials)
+    # Without the replicas that the search found to carry nothing.
+    rows = solve_weights(state.holders, problem.loads, problem.speeds).rows
+    alone = tuple(e for e in hottest if not on_two_nodes(state.holders[e], nodes))
+    return _layer(problem, [_shares(by) for by in rows], devices, not_spread=alone)
 
 
 def _shares(rows: Mapping[int, float]) -> dict[int, float]:

@@ -1,0 +1,284 @@
+"""Stages without their experts, and the experts spread over every device that has room.
+
+The alternative to stages that hold their layers' experts: attention and norms are cut into stages
+as ever, the routed experts go to whoever has memory and speed, and every layer sends one message to
+each remote node with rows for it and gets one back (the order of HALO's phases, Piper 2026).
+
+A layer then takes its slowest node: message there, slowest device, message back. Experts computed
+on the stage's own node need no message. What is left out: that messages of several lanes share a
+link, and that experts and stages of one device overlap less than perfectly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from placement.costs import (
+    expert_read_s,
+    expert_row_s,
+    expert_weight_bytes,
+    memory_cap_bytes,
+    transfer_s,
+)
+from placement.experts import (
+    ExpertDevice,
+    ExpertObjective,
+    ExpertPlan,
+    plan_experts,
+)
+from placement.stages import StagesPlan, plan_stages
+from placement.topology import Topology
+from placement.workload import DeviceOrder, LayerCost, ModelProfile, Objective, ServingWorkload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardsPlan:
+    """Stages of the dense part, shards of the experts, and what both predict together."""
+
+    stages: StagesPlan
+    """Of the model without its routed experts."""
+    experts: ExpertPlan
+    """One layer for each layer with experts, in their order."""
+    expert_layers: tuple[int, ...]
+    """The model's layer of each layer of `experts`."""
+    device_s: tuple[tuple[str, float], ...]
+    """(device id, seconds it computes for one step, as stage and as shard)."""
+    message_s: float
+    """Messages to and from shards, summed over the layers of one step."""
+    latency_s: float
+    period_s: float
+    """The largest of the busiest device, the busiest link and latency / lanes."""
+    predicted_tokens_per_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        fields = {name: getattr(self, name) for name in self.__slots__}
+        return fields | {
+            "stages": self.stages.to_json(),
+            "experts": self.experts.to_json(),
+            "expert_layers": list(self.expert_layers),
+            "device_s": [list(pair) for pair in self.device_s],
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> ShardsPlan:
+        """Rebuild a plan from the values of `to_json`."""
+        fields = dict(value)
+        fields["stages"] = StagesPlan.from_json(value["stages"])
+        fields["experts"] = ExpertPlan.from_json(value["experts"])
+        fields["expert_layers"] = tuple(value["expert_layers"])
+        fields["device_s"] = tuple((pair[0], pair[1]) for pair in value["device_s"])
+        return cls(**fields)
+
+
+def plan_shards(
+    profile: ModelProfile,
+    topology: Topology,
+    *,
+    workload: ServingWorkload,
+    headroom_fraction: float = 0.1,
+    objective: Objective = "throughput",
+    device_order: DeviceOrder = "free",
+    expert_load: NDArray[np.float64] | None = None,
+) -> ShardsPlan:
+    """Cut the dense part into stages, then spread the experts over the memory that is left.
+
+    `expert_load` [layers with experts, experts]: how often each is chosen, in any unit; None:
+    equally often. Experts are balanced by rows, or by activated experts where reading their
+    weights outlasts their rows on most of the devices.
+
+    Raises:
+        InfeasiblePlanError: The dense part, or one copy of every expert, does not fit.
+        ValueError: The model has no experts, or layers with unequal ones, or the load is malformed.
+    """
+    layers = _expert_layers(profile)
+    kind = profile.layers[layers[0]]
+    stages = plan_stages(
+        without_experts(profile),
+        topology,
+        workload=workload,
+        headroom_fraction=headroom_fraction,
+        objective=objective,
+        device_order=device_order,
+    )
+    rows = _rows(kind, len(layers), workload.sequences_per_lane, expert_load)
+    devices = _expert_devices(topology, stages, kind, len(layers), headroom_fraction)
+    experts = plan_experts(
+        rows,
+        devices,
+        expert_bytes=expert_weight_bytes(kind),
+        objective=_objective(devices, rows),
+        num_spread=0,
+    )
+    return _assemble(profile, topology, workload, stages, experts, layers)
+
+
+def without_experts(profile: ModelProfile) -> ModelProfile:
+    """Return the model as its stages see it when the routed experts live elsewhere."""
+
+    def dense(layer: LayerCost) -> LayerCost:
+        if not layer.routed_bytes:
+            return layer
+        per_row = layer.flops_per_token * _routed_share(layer)
+        return replace(
+            layer,
+            flops_per_token=layer.flops_per_token - per_row,
+            weight_bytes=layer.weight_bytes - layer.routed_bytes,
+            routed_bytes=0,
+            num_experts=0,
+            experts_per_token=0,
+        )
+
+    return replace(profile, layers=tuple(dense(layer) for layer in profile.layers))
+
+
+def _routed_share(layer: LayerCost) -> float:
+    """Share of a row's FLOPs that its chosen experts do: FLOPs go with the weights they use."""
+    chosen_bytes = expert_weight_bytes(layer) * layer.experts_per_token
+    return chosen_bytes / (layer.weight_bytes - layer.routed_bytes + chosen_bytes)
+
+
+def _expert_layers(profile: ModelProfile) -> list[int]:
+    layers = [index for index, layer in enumerate(profile.layers) if layer.routed_bytes]
+    if not layers:
+        raise ValueError(f"{profile.name} has no routed experts; plan its stages alone")
+    kinds = {(profile.layers[i].num_experts, profile.layers[i].routed_bytes) for i in layers}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"{profile.name} has {len(kinds)} sizes of expert layers; shards need one size"
+        )
+    return layers
+
+
+def _rows(
+    kind: LayerCost, num_layers: int, rows: int, expert_load: NDArray[np.float64] | None
+) -> NDArray[np.float64]:
+    """Return the rows of one step that each expert of each layer gets."""
+    shape = (num_layers, kind.num_experts)
+    load = np.ones(shape) if expert_load is None else np.asarray(expert_load, dtype=np.float64)
+    if load.shape != shape:
+        raise ValueError(f"expert_load has shape {load.shape}; the model needs {shape}")
+    sums = load.sum(axis=1, keepdims=True)
+    if not (np.isfinite(load).all() and (load >= 0).all() and (sums > 0).all()):
+        raise ValueError("expert_load must be finite, 0 or more, and above 0 in every layer")
+    return np.asarray(load / sums * rows * kind.experts_per_token)
+
+
+def _expert_devices(
+    topology: Topology,
+    stages: StagesPlan,
+    kind: LayerCost,
+    num_layers: int,
+    headroom_fraction: float,
+) -> list[ExpertDevice]:
+    held = {stage.device_id: stage.need_bytes for stage in stages.stages}
+    expert_bytes = expert_weight_bytes(kind)
+    stage_nodes = {stage.node for stage in stages.stages}
+    reachable = {
+        device.node
+        for device in topology.devices
+        if all(
+            topology.rate(node, device.node) and topology.rate(device.node, node)
+            for node in stage_nodes
+        )
+    }
+    devices = []
+    for device in topology.devices:
+        free_bytes = memory_cap_bytes(device.memory_bytes, headroom_fraction)
+        free_bytes -= held.get(device.id, 0)
+        slots = free_bytes // (expert_bytes * num_layers) if device.node in reachable else 0
+        devices.append(
+            ExpertDevice(
+                id=device.id,
+                node=device.node,
+                rows_per_s=1.0 / expert_row_s(device, kind),
+                slots_per_layer=slots,
+                expert_read_s=expert_read_s(device, kind),
+            )
+        )
+    return devices
+
+
+def _objective(devices: Sequence[ExpertDevice], rows: NDArray[np.float64]) -> ExpertObjective:
+    """Count what takes longer on most devices: an expert's rows, or reading its weights."""
+    mean_rows = float(rows.mean())
+    read_bound = [(d.expert_read_s or 0.0) > mean_rows / d.rows_per_s for d in devices]
+    return "activated" if 2 * sum(read_bound) > len(devices) else "rows"
+
+
+def _assemble(
+    profile: ModelProfile,
+    topology: Topology,
+    workload: ServingWorkload,
+    stages: StagesPlan,
+    experts: ExpertPlan,
+    layers: Sequence[int],
+) -> ShardsPlan:
+    node_of = {device.id: device.node for device in topology.devices}
+    stage_of = {
+        layer: stage.node
+        for stage in stages.stages
+        for layer in range(stage.first_layer, stage.end_layer)
+    }
+    row_bytes = profile.hidden_bytes_per_token * workload.sequences_per_lane
+    latency_s, message_s = stages.latency_s, 0.0
+    for index, layer in enumerate(layers):
+        compute_s, with_messages_s = _layer_s(
+            topology, experts, index, node_of, stage_of[layer], row_bytes
+        )
+        latency_s += with_messages_s
+        message_s += with_messages_s - compute_s
+    busy_s = _busy_s(stages, experts)
+    period_s = max(max(busy_s.values()), stages.busiest_hop_s, latency_s / workload.lanes)
+    return ShardsPlan(
+        stages=stages,
+        experts=experts,
+        expert_layers=tuple(layers),
+        device_s=tuple(sorted(busy_s.items())),
+        message_s=message_s,
+        latency_s=latency_s,
+        period_s=period_s,
+        predicted_tokens_per_s=workload.sequences_per_lane / period_s,
+    )
+
+
+def _layer_s(
+    topology: Topology,
+    experts: ExpertPlan,
+    index: int,
+    node_of: Mapping[str, str],
+    stage_node: str,
+    row_bytes: int,
+) -> tuple[float, float]:
+    """Return one layer's slowest device, and its slowest node with messages.
+
+    A message carries at most every row of the step once: a node fans rows out to its experts.
+    """
+    by_node: dict[str, float] = {}
+    for device_id, seconds in zip(experts.device_ids, experts.layers[index].device_s, strict=True):
+        if seconds > 0:
+            node = node_of[device_id]
+            by_node[node] = max(by_node.get(node, 0.0), seconds)
+    slowest_s = max(by_node.values(), default=0.0)
+    finish_s = [
+        seconds
+        if node == stage_node
+        else seconds
+        + transfer_s(topology.link(stage_node, node), row_bytes)
+        + transfer_s(topology.link(node, stage_node), row_bytes)
+        for node, seconds in by_node.items()
+    ]
+    return slowest_s, max(finish_s, default=0.0)
+
+
+def _busy_s(stages: StagesPlan, experts: ExpertPlan) -> dict[str, float]:
+    busy_s = {stage.device_id: stage.step_s for stage in stages.stages}
+    for position, device_id in enumerate(experts.device_ids):
+        expert_s = sum(layer.device_s[position] for layer in experts.layers)
+        busy_s[device_id] = busy_s.get(device_id, 0.0) + expert_s
+    return busy_s
