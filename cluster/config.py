@@ -109,6 +109,17 @@ class PlanSettings(_Settings):
     """Force the cut: one layer count per device, 0 leaves it out."""
 
 
+class TrainingPlanSettings(_Settings):
+    """The load that `motley plan --training` plans for."""
+
+    micro_batches: int = Field(8, ge=1)
+    """Of one round; at least as many as devices keeps an equal pool busy."""
+    sequences_per_micro_batch: int = Field(1, ge=1)
+    sequence_tokens: int = Field(2048, ge=1)
+    trained_fraction: float = Field(1.0, ge=0, le=1)
+    """Share of the weights that has gradients: 1 for full fine-tuning, little for adapters."""
+
+
 class RaySettings(_Settings):
     """The Ray cluster to join, or the one to start here."""
 
@@ -136,6 +147,7 @@ class MotleyConfig(_Settings):
     default_link: DefaultLinkSpec | None = DefaultLinkSpec()
     """Between nodes that no link joins: gigabit Ethernet. null: they cannot reach each other."""
     plan: PlanSettings = PlanSettings()
+    training: TrainingPlanSettings = TrainingPlanSettings()
     gateway: GatewaySettings = GatewaySettings()
     ray: RaySettings = RaySettings()
 
@@ -222,6 +234,7 @@ def with_overrides(
     name: str | None = None,
     http_port: int | None = None,
     grpc_port: int | None = None,
+    objective: Objective | None = None,
 ) -> MotleyConfig:
     """Return the settings with the command line's flags laid over, validated again."""
     tree = config.model_dump()
@@ -229,6 +242,8 @@ def with_overrides(
         tree["model"] = _resolve_model(model, Path.cwd(), "--model")
     if name is not None:
         tree["name"] = name
+    if objective is not None:
+        tree["plan"]["objective"] = objective
     for key, port in (("http_port", http_port), ("grpc_port", grpc_port)):
         if port is not None:
             tree["gateway"][key] = port

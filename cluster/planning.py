@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from placement.errors import InfeasiblePlanError
-from placement.stages import StagesPlan, plan_stages
+from placement.stages import StagesPlan, best_single, plan_stages
 from placement.topology import Device, DeviceKind, Link, LinkRate, Topology
 from placement.workload import ModelProfile, ServingWorkload
 
@@ -110,18 +110,30 @@ def dtype_bytes(engine: EngineConfig, kinds: Iterable[DeviceKind]) -> int:
 def make_plan(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]) -> StagesPlan:
     """Plan the stages of `profile` over `devices`.
 
+    A forced cut keeps the devices' order, whatever `plan.device_order` says.
+
     Raises:
         ConfigError: The plan settings do not suit the model or the devices.
         InfeasiblePlanError: Nothing fits.
     """
-    try:
+    forced = config.plan.layer_counts is not None
+    with settings_errors():
         return plan_stages(
             profile,
             topology_of(config, devices),
             workload=serving_workload(config),
             headroom_fraction=config.plan.headroom_fraction,
             layer_counts=config.plan.layer_counts,
+            objective=config.plan.objective,
+            device_order="given" if forced else config.plan.device_order,
         )
+
+
+@contextmanager
+def settings_errors() -> Iterator[None]:
+    """Turn a planner's refusal of its settings into a `ConfigError`."""
+    try:
+        yield
     except ValueError as error:
         raise ConfigError(f"plan: {error}") from error
 
@@ -129,17 +141,12 @@ def make_plan(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Dev
 def best_single_device_plan(
     config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]
 ) -> StagesPlan | None:
-    """Return the fastest plan that keeps the whole model on one device; None: it fits none."""
-    plans = []
-    for device in devices:
-        try:
-            plan = plan_stages(
-                profile,
-                Topology(devices=(device,)),
-                workload=serving_workload(config),
-                headroom_fraction=config.plan.headroom_fraction,
-            )
-        except InfeasiblePlanError:
-            continue
-        plans.append(plan)
-    return min(plans, key=lambda plan: plan.bottleneck_s, default=None)
+    """Return the best plan that keeps the whole model on one device; None: it fits none."""
+    with settings_errors():
+        return best_single(
+            profile,
+            topology_of(config, devices),
+            workload=serving_workload(config),
+            headroom_fraction=config.plan.headroom_fraction,
+            objective=config.plan.objective,
+        )

@@ -16,15 +16,19 @@ from typing import NamedTuple
 
 from placement.costs import (
     check_range,
+    embedding_step_s,
     interpolate,
     layer_samples,
     layer_seconds,
+    memory_cap_bytes,
     sample_table,
     stage_weight_bytes,
+    transfer_s,
 )
 from placement.measured import LayerSample
-from placement.topology import Device
-from placement.workload import LayerCost, ModelProfile
+from placement.topology import Device, Topology
+from placement.training import TrainingCosts
+from placement.workload import LayerCost, ModelProfile, TrainingWorkload
 
 BACKWARD_PER_FORWARD = 2.0
 TRAINING_STATE_BYTES = 16.0
@@ -132,3 +136,97 @@ def _ratio(points: Sequence[tuple[LayerSample, float]], tokens: int, unmeasured:
     if not points:
         return unmeasured
     return interpolate(sample_table([s for s, _ in points], [ratio for _, ratio in points]), tokens)
+
+
+def training_costs(
+    profile: ModelProfile,
+    topology: Topology,
+    workload: TrainingWorkload,
+    *,
+    headroom_fraction: float = 0.1,
+) -> TrainingCosts:
+    """Price one micro-batch of every layer on every device, for `placement.train`.
+
+    Weights come from the host memory of the device's own node. The embedding belongs to layer 0.
+    Activations that differ between devices are taken at their largest.
+
+    Raises:
+        InfeasiblePlanError: Two nodes cannot reach each other; a pool hands on between any two.
+        ValueError: The headroom is too small.
+    """
+    devices, layers = topology.devices, profile.layers
+    kinds = list(dict.fromkeys(layers))
+    rows = [_layer_rows(device, profile, workload) for device in devices]
+    boundary_bytes = profile.hidden_bytes_per_token * workload.tokens
+    trained = workload.trained_fraction
+    return TrainingCosts(
+        device_ids=tuple(device.id for device in devices),
+        nodes=tuple(device.node for device in devices),
+        forward_s=tuple(tuple(row.forward_s for row in table) for table in rows),
+        recompute_s=tuple(tuple(row.recompute_s for row in table) for table in rows),
+        backward_s=tuple(tuple(row.backward_s for row in table) for table in rows),
+        head_forward_s=tuple(_head(device, profile, workload).forward_s for device in devices),
+        head_backward_s=tuple(_head(device, profile, workload).backward_s for device in devices),
+        hand_off_s=tuple(
+            tuple(_hand_off_s(topology, source, target, boundary_bytes) for target in devices)
+            for source in devices
+        ),
+        weight_upload_s=tuple(
+            tuple(_upload_s(device, layer.weight_bytes) for layer in layers) for device in devices
+        ),
+        layer_weight_bytes=tuple(layer.weight_bytes for layer in layers),
+        layer_gradient_bytes=tuple(math.ceil(layer.weight_bytes * trained) for layer in layers),
+        head_weight_bytes=profile.head.weight_bytes,
+        head_gradient_bytes=math.ceil(profile.head.weight_bytes * trained),
+        layer_activation_bytes=_activations(devices, layers, kinds, workload),
+        boundary_bytes=boundary_bytes,
+        memory_bytes=tuple(
+            memory_cap_bytes(device.memory_bytes, headroom_fraction) for device in devices
+        ),
+    )
+
+
+def _layer_rows(
+    device: Device, profile: ModelProfile, workload: TrainingWorkload
+) -> list[TrainingSeconds]:
+    tokens, pairs = workload.tokens, workload.context_tokens
+    seconds_of = {
+        layer: layer_training_s(device, layer, tokens, pairs)
+        for layer in dict.fromkeys(profile.layers)
+    }
+    rows = [seconds_of[layer] for layer in profile.layers]
+    lookup_s = embedding_step_s(device, profile, tokens)
+    first = rows[0]
+    # Looked up forward, scattered back: a row is read, or its gradient added, once each.
+    rows[0] = TrainingSeconds(
+        first.forward_s + lookup_s, first.recompute_s + lookup_s, first.backward_s + lookup_s
+    )
+    return rows
+
+
+def _head(device: Device, profile: ModelProfile, workload: TrainingWorkload) -> TrainingSeconds:
+    return layer_training_s(device, profile.head, workload.tokens, 0)
+
+
+def _hand_off_s(topology: Topology, source: Device, target: Device, num_bytes: int) -> float:
+    if source.id == target.id:
+        return 0.0
+    return transfer_s(topology.link(source.node, target.node), num_bytes)
+
+
+def _upload_s(device: Device, num_bytes: int) -> float:
+    return num_bytes / device.host_bytes_per_s if device.host_bytes_per_s else 0.0
+
+
+def _activations(
+    devices: Sequence[Device],
+    layers: Sequence[LayerCost],
+    kinds: Sequence[LayerCost],
+    workload: TrainingWorkload,
+) -> tuple[int, ...]:
+    tokens, pairs = workload.tokens, workload.context_tokens
+    bytes_of = {
+        layer: max(layer_activation_bytes(device, layer, tokens, pairs) for device in devices)
+        for layer in kinds
+    }
+    return tuple(bytes_of[layer] for layer in layers)

@@ -12,6 +12,7 @@ from cluster.config import (
     load_config,
     with_overrides,
 )
+from placement.workload import Objective
 
 
 def chosen_config(
@@ -21,6 +22,7 @@ def chosen_config(
     name: str | None = None,
     http_port: int | None = None,
     grpc_port: int | None = None,
+    objective: Objective | None = None,
 ) -> tuple[MotleyConfig, str]:
     """Return the settings and where they come from.
 
@@ -34,6 +36,13 @@ def chosen_config(
     else:
         config, source = default_config(), str(EMBEDDED_CONFIG)
     return (
-        with_overrides(config, model=model, name=name, http_port=http_port, grpc_port=grpc_port),
+        with_overrides(
+            config,
+            model=model,
+            name=name,
+            http_port=http_port,
+            grpc_port=grpc_port,
+            objective=objective,
+        ),
         source,
     )

@@ -30,7 +30,7 @@ def refusal(folder: Path, text: str) -> str:
     return str(caught.value).replace(f"{path}: ", "")
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_configuration_loads(path: Path) -> None:
     config = load_config(path)
 

@@ -1,0 +1,131 @@
+"""Everything that `motley plan` predicts of one deployment, in one value; nothing is started."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import MotleyConfig
+from cluster.planning import (
+    best_single_device_plan,
+    make_plan,
+    serving_workload,
+    settings_errors,
+    topology_of,
+)
+from placement.decode import DecodePlan, plan_decode
+from placement.front import StageFront, plan_front
+from placement.shards import ShardsPlan, plan_shards
+from placement.stages import StagesPlan, split_verdict
+from placement.topology import Device
+from placement.train import TrainPlan, plan_train
+from placement.training_costs import training_costs
+from placement.workload import ModelProfile, TrainingWorkload
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forecast:
+    """The plan, what else there was to choose from, and what a variation of it would do."""
+
+    plan: StagesPlan
+    alone: StagesPlan | None
+    """The best plan on a single device; None: no device holds the model."""
+    verdict: str
+    front: StageFront
+    lanes: DecodePlan
+    """How the plan's stages are best kept busy by as many sequences."""
+    shards: ShardsPlan | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "plan": self.plan.to_json(),
+            "alone": None if self.alone is None else self.alone.to_json(),
+            "verdict": self.verdict,
+            "front": self.front.to_json(),
+            "lanes": self.lanes.to_json(),
+            "shards": None if self.shards is None else self.shards.to_json(),
+        }
+
+
+def forecast(
+    config: MotleyConfig,
+    profile: ModelProfile,
+    devices: Sequence[Device],
+    *,
+    shard_experts: bool = False,
+) -> Forecast:
+    """Predict a serving deployment.
+
+    Raises:
+        ConfigError: The settings do not suit the model or the devices.
+        InfeasiblePlanError: Nothing fits.
+    """
+    plan = make_plan(config, profile, devices)
+    alone = best_single_device_plan(config, profile, devices)
+    topology, settings = topology_of(config, devices), config.plan
+    forced = settings.layer_counts is not None
+    with settings_errors():
+        front = plan_front(
+            profile,
+            topology,
+            workload=serving_workload(config),
+            headroom_fraction=settings.headroom_fraction,
+            device_order="given" if forced else settings.device_order,
+        )
+        lanes = plan_decode(
+            profile,
+            topology,
+            plan,
+            sequences=settings.lanes * settings.sequences_per_lane,
+            context_tokens_per_sequence=settings.context_tokens,
+            block_tokens=config.engine.kv_block_tokens,
+            headroom_fraction=settings.headroom_fraction,
+            step_tokens=config.engine.max_step_tokens,
+        )
+        shards = _shards(config, profile, devices) if shard_experts else None
+    return Forecast(
+        plan=plan,
+        alone=alone,
+        verdict=split_verdict(plan, alone),
+        front=front,
+        lanes=lanes,
+        shards=shards,
+    )
+
+
+def _shards(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]) -> ShardsPlan:
+    return plan_shards(
+        profile,
+        topology_of(config, devices),
+        workload=serving_workload(config),
+        headroom_fraction=config.plan.headroom_fraction,
+        objective=config.plan.objective,
+        device_order=config.plan.device_order,
+    )
+
+
+def training_forecast(
+    config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]
+) -> TrainPlan:
+    """Predict a round of fine-tuning over the devices as one pool.
+
+    Raises:
+        ConfigError: The settings do not suit the model or the devices.
+        InfeasiblePlanError: A layer fits no device, or two nodes cannot reach each other.
+    """
+    load = config.training
+    with settings_errors():
+        costs = training_costs(
+            profile,
+            topology_of(config, devices),
+            TrainingWorkload(
+                micro_batches=load.micro_batches,
+                sequences_per_micro_batch=load.sequences_per_micro_batch,
+                sequence_tokens=load.sequence_tokens,
+                trained_fraction=load.trained_fraction,
+            ),
+            headroom_fraction=config.plan.headroom_fraction,
+        )
+        return plan_train(costs, micro_batches=load.micro_batches)
