@@ -101,7 +101,7 @@ class Fleet:
         for actor in actors:
             ray.kill(actor)
         for address in (*self._stage_addresses, *self.lane_addresses):
-            _remove_folder(address)
+            remove_folder(address)
 
     def connect(self, deadline_s: float) -> None:
         """Wait until all are ready, then connect lane to stage to stage to lane.
@@ -188,7 +188,7 @@ def _options(host: Host, *, num_gpus: int) -> dict[str, Any]:
     }
 
 
-def _remove_folder(address: wire.Address) -> None:
+def remove_folder(address: wire.Address) -> None:
     """Remove the socket folder of an actor of this machine that could not do so itself."""
     if address.machine == wire.machine_id():
         folder = Path(address.ipc.removeprefix("ipc://")).parent

@@ -28,6 +28,7 @@ from cluster.commands.output import Output
 from cluster.config import ConfigError
 from cluster.runstate import AmbiguousNameError, NotRunningError, RunState, find_state
 from placement.errors import InfeasiblePlanError
+from placement.workload import Objective
 
 if TYPE_CHECKING:
     from cluster.client import GenerateOptions
@@ -154,14 +155,94 @@ def status(
 
 
 @app.command()
-def plan(config: ConfigOption = None, model: ModelOption = None, as_json: JsonFlag = False) -> None:
-    """Predict a deployment without starting it: no Ray, no torch, no GPU."""
+def plan(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    objective: Annotated[
+        Objective | None, typer.Option(help="What to plan for; default: the settings'.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the front to this file (.svg, .png or .pdf).")
+    ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write the schedule for ui.perfetto.dev to this file.")
+    ] = None,
+    profile_file: Annotated[
+        Path | None,
+        typer.Option("--profile", help="Figures that `motley profile --output` wrote."),
+    ] = None,
+    shard_experts: Annotated[
+        bool, typer.Option("--shard-experts", help="Also plan the experts over all devices.")
+    ] = False,
+    training: Annotated[
+        bool, typer.Option("--training", help="Also plan fine-tuning over the devices as a pool.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Predict a deployment without starting it: no Ray, no torch, no GPU.
+
+    Needs devices with declared figures, or measured ones: see `motley profile`.
+    """
     output = Output(as_json=as_json)
     with _reporting(output):
-        from cluster.commands.plan import show_plan
+        from cluster.commands.plan import PlanOptions, show_plan
         from cluster.commands.settings import chosen_config
 
-        show_plan(chosen_config(config, model)[0], output)
+        options = PlanOptions(
+            shard_experts=shard_experts,
+            training=training,
+            plot=plot,
+            trace=trace,
+            profile=profile_file,
+        )
+        show_plan(chosen_config(config, model, objective=objective)[0], output, options)
+
+
+@app.command()
+def profile(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    tokens: Annotated[
+        str, typer.Option(help="Rows of a step to time layers at, as 1,8,32.")
+    ] = "1,8,32,128,512",
+    output_file: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the profile to this file too.")
+    ] = None,
+    refresh: Annotated[bool, typer.Option(help="Measure again what is cached.")] = False,
+    quick: Annotated[bool, typer.Option(help="Repeat less; figures are noisier.")] = False,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=1, help="Measure so many figures of the layers and estimate the rest."),
+    ] = None,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, help="Seconds that one measurement may take.")
+    ] = 300.0,
+    as_json: JsonFlag = False,
+) -> None:
+    """Measure devices, links and the checkpoint's layers for `plan` and `up`.
+
+    Without --config: this machine's devices, or those of the Ray cluster that RAY_ADDRESS names.
+    """
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands.settings import chosen_config
+        from cluster.config import default_config
+
+        # The embedded default's devices are paced: with a model alone, real ones are found.
+        found_on = model if model is not None or config is not None else default_config().model
+        settings = chosen_config(config, found_on)[0]
+        # Ray and torch take seconds to import; settings that cannot work are refused before.
+        from cluster.commands.profile import parse_tokens, show_profile
+        from cluster.profiling import ProfileOptions
+
+        options = ProfileOptions(
+            tokens=parse_tokens(tokens),
+            refresh=refresh,
+            quick=quick,
+            samples=samples,
+            timeout_s=timeout_s,
+        )
+        show_profile(settings, options, output_file, output)
 
 
 @app.command()

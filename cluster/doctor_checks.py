@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from actors.engine.checkpoint import Checkpoint, CheckpointError
 from cluster.config import ConfigError, MotleyConfig
 from cluster.gateway.settings import GatewaySettings, is_loopback
-from cluster.planning import declared_devices, dtype_bytes, make_plan
+from cluster.planning import declared_topology, dtype_bytes, make_plan
 from cluster.quantities import format_bytes
 from placement.errors import InfeasiblePlanError
 from placement.stages import StagesPlan
@@ -151,13 +151,13 @@ def check_plan(
     if checkpoint is None:
         return Check("plan", "warn", "not made: the checkpoint cannot be read"), None
     try:
-        devices = declared_devices(config)
+        topology = declared_topology(config)
     except ConfigError as error:
         return Check("plan", "warn", f"not made: {error}"), None
-    kinds = [device.kind for device in devices]
+    kinds = [device.kind for device in topology.devices]
     profile = checkpoint.profile(dtype_bytes=dtype_bytes(config.engine, kinds))
     try:
-        plan = make_plan(config, profile, devices)
+        plan = make_plan(config, profile, topology)
     except (ConfigError, InfeasiblePlanError) as error:
         return Check("plan", "fail", str(error)), None
     message = f"{len(plan.stages)} stages, slowest {plan.bottleneck_s * 1e3:.2f} ms a step"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable, Sequence
 
 import ray
@@ -10,15 +9,15 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from cluster.doctor_checks import Check, compare_nodes
+from cluster.ray_session import connect_error
 
 Versions = dict[str, str | None]
 _ANSWER_TIMEOUT_S = 60.0
-_CONNECT_TIMEOUT_S = 5.0
 
 
 def check_nodes(address: str, packages: Sequence[str]) -> list[Check]:
     """Ask each live node for its versions and compare them."""
-    error = _connect_error(address)
+    error = connect_error(address)
     return _join_and_ask(address, packages) if error is None else [_not_joined(address, error)]
 
 
@@ -31,18 +30,6 @@ def _join_and_ask(address: str, packages: Sequence[str]) -> list[Check]:
         return _ask_nodes(packages)
     finally:
         ray.shutdown()
-
-
-def _connect_error(address: str) -> OSError | None:
-    """Try the address first: Ray itself retries a dead one for minutes."""
-    host, _, port = address.rpartition("/")[2].rpartition(":")
-    if not port.isdecimal():
-        return None  # "auto" and the like: Ray looks the address up
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-    except OSError as error:
-        return error
-    return None
 
 
 def _not_joined(address: str, error: Exception) -> Check:

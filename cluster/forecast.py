@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +11,12 @@ from cluster.planning import (
     make_plan,
     serving_workload,
     settings_errors,
-    topology_of,
 )
 from placement.decode import DecodePlan, plan_decode
 from placement.front import StageFront, plan_front
 from placement.shards import ShardsPlan, plan_shards
 from placement.stages import StagesPlan, split_verdict
-from placement.topology import Device
+from placement.topology import Topology
 from placement.train import TrainPlan, plan_train
 from placement.training_costs import training_costs
 from placement.workload import ModelProfile, TrainingWorkload
@@ -52,7 +50,7 @@ class Forecast:
 def forecast(
     config: MotleyConfig,
     profile: ModelProfile,
-    devices: Sequence[Device],
+    topology: Topology,
     *,
     shard_experts: bool = False,
 ) -> Forecast:
@@ -62,9 +60,9 @@ def forecast(
         ConfigError: The settings do not suit the model or the devices.
         InfeasiblePlanError: Nothing fits.
     """
-    plan = make_plan(config, profile, devices)
-    alone = best_single_device_plan(config, profile, devices)
-    topology, settings = topology_of(config, devices), config.plan
+    plan = make_plan(config, profile, topology)
+    alone = best_single_device_plan(config, profile, topology)
+    settings = config.plan
     forced = settings.layer_counts is not None
     with settings_errors():
         front = plan_front(
@@ -84,7 +82,7 @@ def forecast(
             headroom_fraction=settings.headroom_fraction,
             step_tokens=config.engine.max_step_tokens,
         )
-        shards = _shards(config, profile, devices) if shard_experts else None
+        shards = _shards(config, profile, topology) if shard_experts else None
     return Forecast(
         plan=plan,
         alone=alone,
@@ -95,10 +93,10 @@ def forecast(
     )
 
 
-def _shards(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]) -> ShardsPlan:
+def _shards(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> ShardsPlan:
     return plan_shards(
         profile,
-        topology_of(config, devices),
+        topology,
         workload=serving_workload(config),
         headroom_fraction=config.plan.headroom_fraction,
         objective=config.plan.objective,
@@ -106,9 +104,7 @@ def _shards(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Devic
     )
 
 
-def training_forecast(
-    config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]
-) -> TrainPlan:
+def training_forecast(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> TrainPlan:
     """Predict a round of fine-tuning over the devices as one pool.
 
     Raises:
@@ -119,7 +115,7 @@ def training_forecast(
     with settings_errors():
         costs = training_costs(
             profile,
-            topology_of(config, devices),
+            topology,
             TrainingWorkload(
                 micro_batches=load.micro_batches,
                 sequences_per_micro_batch=load.sequences_per_micro_batch,

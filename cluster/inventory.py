@@ -1,7 +1,8 @@
 """Which nodes there are and what their devices can do: asked of Ray, measured where undeclared.
 
-A measurement is a short matmul, a memory copy and the free memory, taken on the node itself by a
-Ray task. It ranks devices well enough to cut layers; it is not a profile of the checkpoint.
+What `motley profile` measured is used when it is cached; else a measurement is short: matrix
+products, a memory copy and the free memory. It ranks devices well enough to cut layers; it is not
+a profile of the checkpoint.
 """
 
 from __future__ import annotations
@@ -9,29 +10,29 @@ from __future__ import annotations
 import socket
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from actors.engine.checkpoint import Checkpoint
+from actors.engine.measure import QUICK, QUICK_ROWS
 from actors.fleet import Host
+from actors.link_timer import ProbeError
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from cluster.doctor_checks import available_memory_bytes
-from cluster.planning import declared_device
-from placement.topology import Device
+from cluster.planning import declared_device, dtype_bytes, topology_of
+from cluster.probes import Probes
+from cluster.profile import (
+    LOCAL,
+    assemble,
+    declared_profile,
+    measured_topology,
+)
+from cluster.profile_cache import ProfileCache, fingerprint
+from placement.profiles import DeviceProfile
+from placement.topology import Topology
 
-LOCAL = "local"
 _MEASURE_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Figures:
-    """What a real device was measured to do."""
-
-    flops_per_s: float
-    memory_bytes_per_s: float
-    memory_bytes: int
 
 
 def find_hosts() -> dict[str, Host]:
@@ -57,16 +58,16 @@ def _live_nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def find_devices(config: MotleyConfig, hosts: Mapping[str, Host]) -> list[Device]:
-    """Return the configured devices with every figure, measuring what is not declared.
+def find_specs(config: MotleyConfig, hosts: Mapping[str, Host]) -> list[DeviceSpec]:
+    """Return the configured devices, all on live nodes.
 
     Without configured devices: one for each GPU of the cluster, or one CPU a node where a node has
     none.
 
     Raises:
-        ConfigError: A device's node is not in the cluster, or could not be measured.
+        ConfigError: A device's node is not in the cluster, or has too few GPUs.
     """
-    specs = config.devices or _discover(hosts)
+    specs = list(config.devices or _discover(hosts))
     missing = sorted({spec.node for spec in specs} - set(hosts))
     if missing:
         known = ", ".join(sorted(hosts))
@@ -74,12 +75,64 @@ def find_devices(config: MotleyConfig, hosts: Mapping[str, Host]) -> list[Device
             f"devices: no live Ray node is called {', '.join(missing)}; known: {known}"
         )
     _check_gpus(specs, hosts)
+    return specs
+
+
+def find_topology(config: MotleyConfig, hosts: Mapping[str, Host]) -> Topology:
+    """Return the devices of `find_specs` with every figure, and the links between their nodes.
+
+    What is not declared comes from the cached profile; else devices are measured shortly, and
+    links are taken to be `default_link`. Free memory is always that of this moment.
+
+    Raises:
+        ConfigError: A device's node is not in the cluster, or could not be measured.
+    """
+    specs = find_specs(config, hosts)
+    if not any(spec.missing_figures for spec in specs):
+        return topology_of(config, [declared_device(spec) for spec in specs])
+    checkpoint = Checkpoint.open(
+        config.model, allow_unverified=config.engine.allow_unverified_architectures
+    )
+    cache = ProfileCache(fingerprint(checkpoint.config))
+    try:
+        entries = _known_or_quick(config, specs, hosts, cache)
+    except ProbeError as error:
+        raise ConfigError(
+            f"{error}; or declare the device's flops_per_s, memory_bytes_per_s and memory_bytes"
+        ) from error
+    profile = assemble(config, specs, entries, cache.links(), cache.fingerprint)
+    model = checkpoint.profile(
+        dtype_bytes=dtype_bytes(config.engine, [spec.kind for spec in specs])
+    )
+    return measured_topology(profile, config.model_copy(update={"devices": tuple(specs)}), model)
+
+
+def _known_or_quick(
+    config: MotleyConfig,
+    specs: Sequence[DeviceSpec],
+    hosts: Mapping[str, Host],
+    cache: ProfileCache,
+) -> list[DeviceProfile]:
+    """Return a profile of each spec; the devices of a node are measured one after another."""
     unmeasured = [spec for spec in specs if spec.missing_figures]
-    figures = _measure(unmeasured, hosts)
-    return [
-        _with_figures(spec, figures[spec.id]) if spec.id in figures else declared_device(spec)
-        for spec in specs
-    ]
+    measured: dict[str, DeviceProfile] = {}
+    entries = []
+    with Probes(unmeasured, hosts, config.engine, _MEASURE_TIMEOUT_S) as probes:
+        for spec in specs:
+            if not spec.missing_figures:
+                entries.append(declared_profile(spec))
+                continue
+            first = probes.first_of(spec)
+            if first.id not in measured:
+                found = probes.find(first)
+                known = cache.find(found.key)
+                measured[first.id] = (
+                    probes.measure(first, found, effort=QUICK, rows=QUICK_ROWS[spec.kind])
+                    if known is None
+                    else replace(known, memory_bytes=found.free_bytes)
+                )
+            entries.append(measured[first.id])
+    return entries
 
 
 def _check_gpus(specs: Sequence[DeviceSpec], hosts: Mapping[str, Host]) -> None:
@@ -92,17 +145,6 @@ def _check_gpus(specs: Sequence[DeviceSpec], hosts: Mapping[str, Host]) -> None:
                 f"devices: {count} of kind cuda on node {node['NodeManagerAddress']}, where Ray "
                 f"sees {present} GPUs; remove some, or start its Ray node with --num-gpus"
             )
-
-
-def _with_figures(spec: DeviceSpec, measured: Figures) -> Device:
-    return Device(
-        id=spec.id,
-        node=spec.node,
-        kind=spec.kind,
-        flops_per_s=spec.flops_per_s or measured.flops_per_s,
-        memory_bytes_per_s=spec.memory_bytes_per_s or measured.memory_bytes_per_s,
-        memory_bytes=spec.memory_bytes or measured.memory_bytes,
-    )
 
 
 def _discover(hosts: Mapping[str, Host]) -> list[DeviceSpec]:
@@ -121,64 +163,3 @@ def _discover(hosts: Mapping[str, Host]) -> list[DeviceSpec]:
                 DeviceSpec.model_validate({"id": f"{name}-cpu", "node": name, "kind": "cpu"})
             )
     return specs
-
-
-def _measure(specs: Sequence[DeviceSpec], hosts: Mapping[str, Host]) -> dict[str, Figures]:
-    """Measure devices, one after another on a node so that they do not disturb each other."""
-    sharing = Counter(hosts[spec.node].ray_node_id for spec in specs if spec.kind != "cuda")
-    measured: dict[str, Figures] = {}
-    for spec in specs:
-        affinity = NodeAffinitySchedulingStrategy(hosts[spec.node].ray_node_id, soft=False)
-        is_cuda = spec.kind == "cuda"
-        task = _measure_here.options(
-            num_cpus=0, num_gpus=1 if is_cuda else 0, scheduling_strategy=affinity
-        )
-        try:
-            flops_per_s, memory_bytes_per_s, memory_bytes = ray.get(
-                task.remote(is_cuda), timeout=_MEASURE_TIMEOUT_S
-            )
-        except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
-            raise ConfigError(
-                f"device {spec.id} could not be measured ({type(error).__name__}); declare its "
-                "flops_per_s, memory_bytes_per_s and memory_bytes"
-            ) from error
-        share = 1 if is_cuda else sharing[hosts[spec.node].ray_node_id]
-        measured[spec.id] = Figures(
-            flops_per_s=flops_per_s,
-            memory_bytes_per_s=memory_bytes_per_s,
-            memory_bytes=int(memory_bytes) // share,
-        )
-    return measured
-
-
-@ray.remote(max_retries=0)
-def _measure_here(is_cuda: bool) -> tuple[float, float, int]:
-    """Runs on the node: (FLOP/s of a float32 matmul, bytes/s of a copy, free bytes)."""
-    import time
-
-    import torch
-
-    torch.set_num_threads(1)
-    device = torch.device("cuda" if is_cuda else "cpu")
-    size = 4096 if is_cuda else 512
-
-    def seconds(work: Any, repeats: int) -> float:
-        work()
-        best = float("inf")
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            if is_cuda:
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    a = torch.randn(size, size, device=device)
-    block = torch.empty(64 * 2**20, dtype=torch.uint8, device=device)
-    target = torch.empty_like(block)
-    flops_per_s = 2 * size**3 / seconds(lambda: a @ a, 5)
-    # A copy reads and writes each byte.
-    bytes_per_s = 2 * block.numel() / seconds(lambda: target.copy_(block), 5)
-    if is_cuda:
-        return flops_per_s, bytes_per_s, int(torch.cuda.mem_get_info()[0])
-    return flops_per_s, bytes_per_s, available_memory_bytes() or 0

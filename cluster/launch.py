@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ray
 
@@ -31,8 +29,10 @@ from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
 from cluster.gateway.auth import new_token, read_token
 from cluster.gateway.server import serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
-from cluster.inventory import LOCAL, find_devices, find_hosts
+from cluster.inventory import find_hosts, find_topology
 from cluster.planning import dtype_bytes, make_plan
+from cluster.profile import LOCAL
+from cluster.ray_session import connect
 from placement.stages import StagesPlan
 from placement.topology import Device
 from placement.workload import ModelProfile
@@ -104,10 +104,10 @@ async def deployment(
         stack.callback(loading.cancel)
         await stack.enter_async_context(_ray(config))
         hosts = await asyncio.to_thread(find_hosts)
-        devices = await asyncio.to_thread(find_devices, config, hosts)
-        width = dtype_bytes(config.engine, [device.kind for device in devices])
+        topology = await asyncio.to_thread(find_topology, config, hosts)
+        width = dtype_bytes(config.engine, [device.kind for device in topology.devices])
         profile = checkpoint.profile(dtype_bytes=width)
-        plan = make_plan(config, profile, devices)
+        plan = make_plan(config, profile, topology)
         on_event(Planned(plan))
         limits = lane_limits(config, checkpoint, plan)
         info = _model_info(config, checkpoint, limits, width)
@@ -121,7 +121,7 @@ async def deployment(
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
             plan=plan,
-            devices={device.id: device for device in devices},
+            devices={device.id: device for device in topology.devices},
             hosts=hosts,
             lane_node=LOCAL,
             profile=profile,
@@ -141,7 +141,7 @@ async def deployment(
         yield Deployment(
             plan=plan,
             profile=profile,
-            devices=tuple(devices),
+            devices=topology.devices,
             limits=limits,
             dispatcher=dispatcher,
             fleet=fleet,
@@ -271,7 +271,7 @@ async def _ray(config: MotleyConfig) -> AsyncIterator[None]:
         yield
         return
     handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    await asyncio.to_thread(ray.init, **_ray_options(config))
+    await asyncio.to_thread(connect, config)
     # Ray installs a crash reporter for SIGTERM, which is our ordinary way to stop.
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
@@ -280,38 +280,3 @@ async def _ray(config: MotleyConfig) -> AsyncIterator[None]:
         yield
     finally:
         await asyncio.to_thread(ray.shutdown)
-
-
-def _ray_options(config: MotleyConfig) -> dict[str, Any]:
-    settings = config.ray
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    environment = {"OMP_NUM_THREADS": str(config.engine.cpu_threads)}
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if in_job or address is not None:
-        options["address"] = address or "auto"
-        if not in_job:
-            # A submitted job's workers get its working directory; these must be told.
-            options["runtime_env"] = {"env_vars": environment | _python_path()}
-        return options
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.update(environment)
-    options |= {
-        "num_cpus": settings.num_cpus or _local_cpus(config),
-        "include_dashboard": False,
-        "runtime_env": {"env_vars": _python_path()},
-    }
-    if settings.object_store_bytes is not None:
-        options["object_store_memory"] = settings.object_store_bytes
-    return options
-
-
-def _local_cpus(config: MotleyConfig) -> int:
-    """One worker for each stage and lane may start at once; none waits for a logical CPU."""
-    return len(config.devices or (None,)) + config.plan.lanes
-
-
-def _python_path(extra: Sequence[str] = ()) -> dict[str, str]:
-    """Make workers on this machine import the packages that this process imports."""
-    known = os.environ.get("PYTHONPATH")
-    return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *extra, *([known] if known else [])])}

@@ -21,7 +21,7 @@ def declared_device(spec: DeviceSpec) -> Device:
     if spec.flops_per_s is None or spec.memory_bytes_per_s is None or spec.memory_bytes is None:
         raise ConfigError(
             f"device {spec.id} declares no {', '.join(spec.missing_figures)}: they are measured at "
-            f"`motley up`. Declare them to plan offline"
+            f"`motley up`. Run `motley profile`, or declare them, to plan before"
         )
     return Device(
         id=spec.id,
@@ -43,14 +43,16 @@ def declared_devices(config: MotleyConfig) -> tuple[Device, ...]:
     """
     if config.devices is None:
         raise ConfigError(
-            "devices is not set: they are found and measured at `motley up`. Declare devices "
-            "with flops_per_s, memory_bytes_per_s and memory_bytes to plan offline"
+            "devices is not set: they are found and measured at `motley up`. Run `motley profile`, "
+            "or declare devices with flops_per_s, memory_bytes_per_s and memory_bytes, to plan "
+            "before"
         )
     unmeasured = [spec.id for spec in config.devices if spec.missing_figures]
     if unmeasured:
         raise ConfigError(
             f"devices {', '.join(unmeasured)} have no figures: they are measured at `motley up`. "
-            f"Declare flops_per_s, memory_bytes_per_s and memory_bytes to plan offline"
+            f"Run `motley profile` with these settings, or declare flops_per_s, memory_bytes_per_s "
+            f"and memory_bytes, to plan before"
         )
     return tuple(declared_device(spec) for spec in config.devices)
 
@@ -107,8 +109,8 @@ def dtype_bytes(engine: EngineConfig, kinds: Iterable[DeviceKind]) -> int:
     return 4 if engine.dtype == "float32" else 2
 
 
-def make_plan(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]) -> StagesPlan:
-    """Plan the stages of `profile` over `devices`.
+def make_plan(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> StagesPlan:
+    """Plan the stages of `profile` over a topology.
 
     A forced cut keeps the devices' order, whatever `plan.device_order` says.
 
@@ -120,7 +122,7 @@ def make_plan(config: MotleyConfig, profile: ModelProfile, devices: Sequence[Dev
     with settings_errors():
         return plan_stages(
             profile,
-            topology_of(config, devices),
+            topology,
             workload=serving_workload(config),
             headroom_fraction=config.plan.headroom_fraction,
             layer_counts=config.plan.layer_counts,
@@ -139,13 +141,13 @@ def settings_errors() -> Iterator[None]:
 
 
 def best_single_device_plan(
-    config: MotleyConfig, profile: ModelProfile, devices: Sequence[Device]
+    config: MotleyConfig, profile: ModelProfile, topology: Topology
 ) -> StagesPlan | None:
     """Return the best plan that keeps the whole model on one device; None: it fits none."""
     with settings_errors():
         return best_single(
             profile,
-            topology_of(config, devices),
+            topology,
             workload=serving_workload(config),
             headroom_fraction=config.plan.headroom_fraction,
             objective=config.plan.objective,

@@ -1,83 +1,51 @@
-"""Serving stages: cut a model's layers over unequal devices so that the slowest stage is fast.
+"""Serving stages: cut a model's layers over unequal devices, for one of three objectives.
 
-With several lanes in flight every stage works on some lane's step, so throughput is set by the
-slowest stage: the planner minimises that (exact min-max), under memory caps, with devices taken
-in the order given and each allowed to stay out. Links enter the latency, not the objective: a
-lane's transfer overlaps the other lanes' compute.
+- `throughput`: the least period of a step, max(slowest stage, busiest link, latency / lanes). With
+  many lanes in flight every stage and every link works on some lane's step, so the slowest one
+  sets the rate; with few, a lane's next step waits for its last.
+- `latency`: the least time of one step through all stages, hops included.
+- `energy`: the fewest joules per token above idling.
+
+Memory caps hold always. Devices are taken in the order given, or in any (`device_order="free"`),
+and each may stay out. A link that two hops of one plan share is priced for each alone.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
 
-from placement.costs import stage_cost, stage_kv_bytes, stage_weight_bytes, transfer_s
+import numpy as np
+
 from placement.errors import InfeasiblePlanError
 from placement.pricing import StagePrices
-from placement.topology import Device, DeviceKind, Topology
+from placement.stage_bounds import Bounds, bounds_of
+from placement.stage_order import best_order
+from placement.stage_plan import (
+    DeviceOrder,
+    Span,
+    StagePlacement,
+    StagesPlan,
+    plan_of,
+    spans_of,
+    split_verdict,
+)
+from placement.stage_reasons import over_cap, shortfall
+from placement.stage_search import Objective, best_counts, energy_costs
+from placement.topology import Topology
 from placement.workload import ModelProfile, ServingWorkload
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StagePlacement:
-    """Layers [first_layer, end_layer) on one device, with what they are predicted to cost."""
-
-    index: int
-    device_id: str
-    node: str
-    kind: DeviceKind
-    first_layer: int
-    end_layer: int
-    weight_bytes: int
-    kv_bytes: int
-    """For the workload's `kv_tokens`."""
-    step_s: float
-    share_of_bottleneck: float
-    """This stage's step over the slowest stage's: the share of time it is busy at best."""
-
-    @property
-    def num_layers(self) -> int:
-        return self.end_layer - self.first_layer
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StagesPlan:
-    """Which device runs which layers, what that should cost, and how good it could be."""
-
-    epoch: int = 0
-    model: str
-    stages: tuple[StagePlacement, ...]
-    left_out: tuple[tuple[str, str], ...]
-    """(device id, why it has no stage)."""
-    bottleneck_s: float
-    """One step of the slowest stage at the workload."""
-    latency_s: float
-    """One step through all stages, transfers between them included."""
-    lower_bound_s: float
-    """No cut over these devices, in any order, has a bottleneck below this
-    (see `StagePrices.lower_bound_s`)."""
-    kv_tokens_capacity: int
-    """KV tokens, summed over the lanes, that fit the tightest stage."""
-    predicted_tokens_per_s: float
-    """The lanes' decode rate: one step per bottleneck, or all lanes' steps per latency."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        value = asdict(self)
-        value["stages"] = [asdict(stage) for stage in self.stages]
-        value["left_out"] = [list(pair) for pair in self.left_out]
-        return value
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> StagesPlan:
-        """Rebuild a plan from the values of `to_json`."""
-        fields = dict(value)
-        fields["stages"] = tuple(StagePlacement(**stage) for stage in value["stages"])
-        fields["left_out"] = tuple((pair[0], pair[1]) for pair in value["left_out"])
-        return cls(**fields)
+__all__ = [
+    "DeviceOrder",
+    "Objective",
+    "StagePlacement",
+    "StagesPlan",
+    "best_single",
+    "plan_stages",
+    "split_verdict",
+]
 
 
 def plan_stages(
@@ -87,67 +55,113 @@ def plan_stages(
     workload: ServingWorkload,
     headroom_fraction: float = 0.1,
     layer_counts: Sequence[int] | None = None,
+    objective: Objective = "throughput",
+    device_order: DeviceOrder = "given",
 ) -> StagesPlan:
-    """Cut the layers over the devices so that the slowest stage's step is as short as possible.
+    """Cut the layers over the devices so that the objective is as small as it can be.
 
-    Exact dynamic programme over (device, first layer), O(devices x layers^2). Among the cuts
-    with the shortest bottleneck: fewest devices, then the smallest sum of stage steps, then the
-    lexicographically smallest layer counts, so equal inputs give equal plans.
+    In the order given the search is exact: O(devices x (layers^2 + nodes x layers)) a sweep, see
+    `placement.stage_search`. In any order it is exact up to 12 devices (more where devices are
+    alike), a local search beyond, see `placement.stage_order`; equal sets of devices then give
+    equal plans, in whatever order they come. The plan says how far it is above a proven bound.
+
+    Ties: figures within a part in 10^9 count as equal; then the fewest devices, the least latency
+    and the lexicographically smallest layer counts, so equal inputs give equal plans.
 
     `layer_counts` forces the cut: one count per device, 0 leaves it out.
 
     Raises:
-        InfeasiblePlanError: Weights, KV and activations fit no cut (or not the forced one).
-        ValueError: `headroom_fraction` or `layer_counts` is malformed.
+        InfeasiblePlanError: Weights, KV and activations fit no cut (or not the forced one), or no
+            links join the devices that would hold them.
+        ValueError: An option is malformed, or the objective is energy and the active power of
+            some device is not known.
     """
-    if not 0.0 <= headroom_fraction < 1.0:
-        raise ValueError(f"headroom_fraction ({headroom_fraction}) must be at least 0 and below 1")
-    prices = StagePrices(profile, topology.devices, workload, headroom_fraction)
-    if layer_counts is not None:
-        return _assemble(prices, topology, _checked_counts(prices, layer_counts), forced=True)
-    return _assemble(prices, topology, _best_counts(prices), forced=False)
+    prices = prices_of(profile, topology, workload, headroom_fraction, device_order)
+    if objective not in get_args(Objective):
+        raise ValueError(f"objective is {objective!r}; use one of {', '.join(get_args(Objective))}")
+    if objective == "energy":
+        energy_costs(prices)
+    bounds = bounds_of(prices)
+    if layer_counts is None:
+        spans, is_exact = search_spans(prices, objective, device_order, bounds)
+        why_not = None
+    elif device_order == "free":
+        raise ValueError(
+            "layer_counts has a count per device in the order given, but device_order is 'free'; "
+            "set device_order to 'given', or leave layer_counts out"
+        )
+    else:
+        spans, is_exact = _checked_spans(prices, layer_counts), False
+        why_not = "layer_counts gives it 0 layers"
+    return plan_of(
+        prices, spans, objective, device_order, bounds, is_exact=is_exact, why_left_out=why_not
+    )
 
 
-def _best_counts(prices: StagePrices) -> list[int]:
-    """Return the optimal layer count of every device (0: left out)."""
-    bottleneck_s = _least_bottleneck_s(prices)
-    if math.isinf(bottleneck_s):
-        raise InfeasiblePlanError(_shortfall(prices))
-    num_layers = prices.profile.num_layers
-    # Each entry is (devices, sum of steps, own count) of the best way to run layers[first:] on
-    # devices[d:] with no stage over the bottleneck. Both sums are additive, so the best
-    # continuation does not depend on the stages before it.
-    after: list[tuple[float, float, int]] = [(math.inf, math.inf, 0)] * num_layers + [(0, 0.0, 0)]
-    tables = []
-    for rows in reversed(prices.steps_s):
-        table = [(devices, sum_s, 0) for devices, sum_s, _ in after]
-        for first, row in enumerate(rows):
-            for count, step_s in enumerate(row, start=1):
-                if step_s > bottleneck_s:
-                    break
-                devices, sum_s, _ = after[first + count]
-                table[first] = min(table[first], (devices + 1, sum_s + step_s, count))
-        tables.append(table)
-        after = table
-    counts: list[int] = []
-    for table in reversed(tables):
-        counts.append(table[sum(counts)][2])
-    return counts
+def best_single(
+    profile: ModelProfile,
+    topology: Topology,
+    *,
+    workload: ServingWorkload,
+    headroom_fraction: float = 0.1,
+    objective: Objective = "throughput",
+) -> StagesPlan | None:
+    """Return the best plan that keeps the whole model on one device; None: it fits none.
+
+    Ties go to the device with the smaller id. O(makes x layers^2).
+
+    Raises:
+        ValueError: As `plan_stages`.
+    """
+    prices = prices_of(profile, topology, workload, headroom_fraction, "free")
+    costs = energy_costs(prices).stage if objective == "energy" else prices.steps_s
+    whole = costs[prices.make_of, 0, -1]
+    best = int(np.argmin(whole))
+    if np.isinf(whole[best]):
+        return None
+    spans = [Span(best, 0, prices.num_layers)]
+    why_not = "the plan is for one device alone"
+    bounds = bounds_of(prices)
+    return plan_of(prices, spans, objective, "free", bounds, is_exact=False, why_left_out=why_not)
 
 
-def _least_bottleneck_s(prices: StagePrices) -> float:
-    """Return the shortest slowest stage of any cut that fits; infinite when none does."""
-    best = [math.inf] * prices.profile.num_layers + [0.0]
-    for rows in reversed(prices.steps_s):
-        # Ascending, so best[first + count] still speaks of the devices after this one.
-        for first, row in enumerate(rows):
-            for count, step_s in enumerate(row, start=1):
-                best[first] = min(best[first], max(step_s, best[first + count]))
-    return best[0]
+def prices_of(
+    profile: ModelProfile,
+    topology: Topology,
+    workload: ServingWorkload,
+    headroom_fraction: float,
+    device_order: DeviceOrder,
+) -> StagePrices:
+    """Price the question; where the order is free, devices are first sorted by their ids.
+
+    Raises:
+        ValueError: An option is malformed.
+    """
+    if device_order not in get_args(DeviceOrder):
+        raise ValueError(
+            f"device_order is {device_order!r}; use one of {', '.join(get_args(DeviceOrder))}"
+        )
+    if device_order == "free":
+        devices = tuple(sorted(topology.devices, key=lambda device: device.id))
+        topology = replace(topology, devices=devices)
+    return StagePrices(profile, topology, workload, headroom_fraction)
 
 
-def _checked_counts(prices: StagePrices, layer_counts: Sequence[int]) -> list[int]:
-    num_devices, num_layers = len(prices.devices), prices.profile.num_layers
+def search_spans(
+    prices: StagePrices, objective: Objective, device_order: DeviceOrder, bounds: Bounds
+) -> tuple[list[Span], bool]:
+    """Return the best cut found, and whether it is proven the best."""
+    order, is_exact = tuple(range(len(prices.devices))), True
+    if device_order == "free":
+        order, is_exact = best_order(prices, objective, bounds)
+    counts = best_counts(prices.only(order), objective, bounds.bottleneck_s) if order else None
+    if counts is None:
+        raise InfeasiblePlanError(shortfall(prices, device_order, is_proven=is_exact))
+    return spans_of(order, counts), is_exact
+
+
+def _checked_spans(prices: StagePrices, layer_counts: Sequence[int]) -> list[Span]:
+    num_devices, num_layers = len(prices.devices), prices.num_layers
     counts = list(layer_counts)
     if len(counts) != num_devices:
         raise ValueError(
@@ -159,137 +173,11 @@ def _checked_counts(prices: StagePrices, layer_counts: Sequence[int]) -> list[in
             f"layer_counts {counts} must be 0 or more each and sum to the model's "
             f"{num_layers} layers (they sum to {sum(counts)})"
         )
-    for device, first, end in _ranges(prices.devices, counts):
-        need, cap = prices.need_bytes[first][end - first - 1], prices.cap_bytes(device)
-        if need > cap:
-            raise InfeasiblePlanError(
-                f"layer_counts puts layers [{first}, {end}) on {device.id}, which with KV and "
-                f"activations need {need} bytes; it offers {cap} after a headroom of "
-                f"{prices.headroom_fraction:.0%}. Give it fewer layers, or lower kv_tokens "
-                f"({prices.workload.kv_tokens}) or step_tokens ({prices.workload.step_tokens})."
-            )
-    return counts
-
-
-class _Range(NamedTuple):
-    device: Device
-    first: int
-    end: int
-
-
-def _ranges(devices: Sequence[Device], counts: Sequence[int]) -> list[_Range]:
-    """Return the layers of every device that has some."""
-    ranges = []
-    first = 0
-    for device, count in zip(devices, counts, strict=True):
-        if count:
-            ranges.append(_Range(device, first, first + count))
-        first += count
-    return ranges
-
-
-def _assemble(
-    prices: StagePrices, topology: Topology, counts: Sequence[int], *, forced: bool
-) -> StagesPlan:
-    profile, workload = prices.profile, prices.workload
-    ranges = _ranges(prices.devices, counts)
-    rows = workload.sequences_per_lane
-    steps_s = [
-        stage_cost(device, profile, first, end).step_s(rows, workload.context_tokens, rows)
-        for device, first, end in ranges
-    ]
-    bottleneck_s = max(steps_s)
-    hop_bytes = rows * profile.hidden_bytes_per_token
-    hops_s = [
-        transfer_s(topology.link(source.device.node, target.device.node), hop_bytes)
-        for source, target in itertools.pairwise(ranges)
-    ]
-    latency_s = sum(steps_s) + sum(hops_s)
-    return StagesPlan(
-        model=profile.name,
-        stages=_placements(prices, ranges, steps_s),
-        left_out=_left_out(prices, counts, bottleneck_s, forced=forced),
-        bottleneck_s=bottleneck_s,
-        latency_s=latency_s,
-        # Rounding alone could put the bound a hair above an optimum that meets it.
-        lower_bound_s=min(prices.lower_bound_s(), bottleneck_s),
-        kv_tokens_capacity=_kv_tokens_capacity(prices, ranges),
-        predicted_tokens_per_s=rows * min(1.0 / bottleneck_s, workload.lanes / latency_s),
-    )
-
-
-def _placements(
-    prices: StagePrices, ranges: Sequence[_Range], steps_s: Sequence[float]
-) -> tuple[StagePlacement, ...]:
-    profile, bottleneck_s = prices.profile, max(steps_s)
-    return tuple(
-        StagePlacement(
-            index=index,
-            device_id=device.id,
-            node=device.node,
-            kind=device.kind,
-            first_layer=first,
-            end_layer=end,
-            weight_bytes=stage_weight_bytes(profile, first, end),
-            kv_bytes=stage_kv_bytes(profile, first, end, prices.workload.kv_tokens),
-            step_s=step_s,
-            share_of_bottleneck=step_s / bottleneck_s,
-        )
-        for index, ((device, first, end), step_s) in enumerate(zip(ranges, steps_s, strict=True))
-    )
-
-
-def _kv_tokens_capacity(prices: StagePrices, ranges: Sequence[_Range]) -> int:
-    capacities = []
-    for device, first, end in ranges:
-        bytes_per_token = stage_kv_bytes(prices.profile, first, end, 1)
-        if bytes_per_token:
-            free_bytes = prices.cap_bytes(device) - prices.fixed_bytes(first, end)
-            capacities.append(free_bytes // bytes_per_token)
-    # A model without KV is bounded by nothing here; what was asked for is what it gets.
-    return min(capacities, default=prices.workload.kv_tokens)
-
-
-def _left_out(
-    prices: StagePrices, counts: Sequence[int], bottleneck_s: float, *, forced: bool
-) -> tuple[tuple[str, str], ...]:
-    reasons = []
-    for index, (device, count) in enumerate(zip(prices.devices, counts, strict=True)):
-        if not count:
-            reason = (
-                "layer_counts gives it 0 layers"
-                if forced
-                else _why_left_out(prices, index, bottleneck_s)
-            )
-            reasons.append((device.id, reason))
-    return tuple(reasons)
-
-
-def _why_left_out(prices: StagePrices, index: int, bottleneck_s: float) -> str:
-    single_steps_s = [row[0] for row in prices.steps_s[index] if row]
-    if not single_steps_s:
-        return (
-            f"its {prices.cap_bytes(prices.devices[index])} bytes after headroom hold no layer; "
-            f"the smallest stage needs {min(needs[0] for needs in prices.need_bytes)}"
-        )
-    slowest = f"the slowest stage takes {bottleneck_s * 1e3:.3g} ms"
-    if min(single_steps_s) > bottleneck_s:
-        return f"one layer takes {min(single_steps_s) * 1e3:.3g} ms there; {slowest} without it"
-    return f"it would not make the slowest stage faster: {slowest} with it or without"
-
-
-def _shortfall(prices: StagePrices) -> str:
-    profile, workload = prices.profile, prices.workload
-    weight_bytes = stage_weight_bytes(profile, 0, profile.num_layers)
-    kv_bytes = stage_kv_bytes(profile, 0, profile.num_layers, workload.kv_tokens)
-    activation_bytes = prices.fixed_bytes(0, profile.num_layers) - weight_bytes
-    caps = [prices.cap_bytes(device) for device in prices.devices]
-    return (
-        f"{profile.num_layers} layers need {weight_bytes + kv_bytes} bytes "
-        f"({weight_bytes} of weights, {kv_bytes} of KV for {workload.kv_tokens} tokens) and "
-        f"up to {activation_bytes} of activations on every device; {len(caps)} devices offer "
-        f"{sum(caps)} bytes ({', '.join(map(str, caps))}) after a headroom of "
-        f"{prices.headroom_fraction:.0%}, and no cut in their order fits. Add devices or memory, "
-        f"lower kv_tokens (lanes, sequences_per_lane, context_tokens), step_tokens or "
-        f"headroom_fraction, or use a smaller dtype."
-    )
+    spans = spans_of(range(num_devices), counts)
+    for span in spans:
+        if np.isinf(prices.steps_s[prices.make_of[span.device], span.first, span.end]):
+            raise InfeasiblePlanError(over_cap(prices, *span))
+    nodes = [prices.devices[span.device].node for span in spans]
+    for source, target in itertools.pairwise(nodes):
+        prices.topology.link(source, target)
+    return spans

@@ -201,6 +201,15 @@ class Checkpoint:
             )
 
 
+def read_configuration(model: str) -> dict[str, Any]:
+    """Return a checkpoint's config.json; of a hub id no more than that is fetched.
+
+    Raises:
+        CheckpointError: Not found, or unreadable.
+    """
+    return _read_config(locate(model, weights=False))
+
+
 def planning_profile(
     model: str, *, dtype_bytes: int, allow_unverified: bool = False
 ) -> ModelProfile:

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from actors.engine.checkpoint import planning_profile
+from actors.engine.checkpoint import planning_profile, read_configuration
 from cluster.commands.output import Output
 from cluster.commands.tables import (
     front_table,
@@ -24,10 +24,11 @@ from cluster.commands.tables import (
 )
 from cluster.config import ConfigError, MotleyConfig
 from cluster.forecast import Forecast, forecast, training_forecast
-from cluster.planning import declared_devices, dtype_bytes
+from cluster.planning import declared_topology, dtype_bytes
+from cluster.profile import fingerprint, load_cached, measured_topology, read_profile
 from placement.serving_schedule import serving_events, track_nodes
 from placement.stages import StagesPlan
-from placement.topology import Device
+from placement.topology import DeviceKind, Topology
 from placement.trace import chrome_trace
 from placement.workload import ModelProfile
 
@@ -40,29 +41,51 @@ class PlanOptions:
     training: bool = False
     plot: Path | None = None
     trace: Path | None = None
+    profile: Path | None = None
+    """Measured figures, as `motley profile --output` wrote them; None: those of the cache."""
 
 
 def show_plan(config: MotleyConfig, output: Output, options: PlanOptions) -> None:
     """Write the plan of a configuration whose devices are declared or were measured."""
-    devices = declared_devices(config)
-    kinds = [device.kind for device in devices]
-    profile = planning_profile(
-        config.model,
-        dtype_bytes=dtype_bytes(config.engine, kinds),
-        allow_unverified=config.engine.allow_unverified_architectures,
-    )
-    predicted = forecast(config, profile, devices, shard_experts=options.shard_experts)
+    profile, topology = _known(config, options.profile)
+    predicted = forecast(config, profile, topology, shard_experts=options.shard_experts)
     if options.plot is not None:
         _plot(predicted, options.plot)
     if options.trace is not None:
         _write_trace(predicted.plan, config.plan.lanes, options.trace)
     value, shown = predicted.to_json(), _shown(predicted, config.plan.lanes)
     if options.training:
-        value |= _training(config, profile, devices, shown)
+        value |= _training(config, profile, topology, shown)
     output.result(value, *shown)
     for file in (options.plot, options.trace):
         if file is not None:
             output.note(Text(f"wrote {file}"))
+
+
+def _known(config: MotleyConfig, file: Path | None) -> tuple[ModelProfile, Topology]:
+    """Return the model, and the devices and links as declared, or else as measured.
+
+    Raises:
+        ConfigError: A device has no figures, neither declared nor measured.
+    """
+    allow_unverified = config.engine.allow_unverified_architectures
+
+    def model(kinds: Sequence[DeviceKind]) -> ModelProfile:
+        width = dtype_bytes(config.engine, kinds)
+        return planning_profile(config.model, dtype_bytes=width, allow_unverified=allow_unverified)
+
+    specs = config.devices
+    if file is None and specs is not None and not any(spec.missing_figures for spec in specs):
+        return model([spec.kind for spec in specs]), declared_topology(config)
+    of_checkpoint = fingerprint(read_configuration(config.model))
+    measured = (
+        load_cached(config, of_checkpoint) if file is None else read_profile(file, of_checkpoint)
+    )
+    if measured is None:
+        # Says which figures are missing.
+        return model(["cpu"]), declared_topology(config)
+    profile = model([device.kind for device in measured.devices])
+    return profile, measured_topology(measured, config, profile)
 
 
 def _shown(predicted: Forecast, lanes: int) -> list[RenderableType]:
@@ -82,10 +105,10 @@ def _shown(predicted: Forecast, lanes: int) -> list[RenderableType]:
 def _training(
     config: MotleyConfig,
     profile: ModelProfile,
-    devices: Sequence[Device],
+    topology: Topology,
     shown: list[RenderableType],
 ) -> dict[str, Any]:
-    plan = training_forecast(config, profile, devices)
+    plan = training_forecast(config, profile, topology)
     shown += [training_table(plan), training_summary(plan)]
     return {"training": plan.to_json()}
 

@@ -99,9 +99,16 @@ def test_an_unreadable_checkpoint_is_an_error(home: Path) -> None:
 
     result = motley("plan", "--model", str(home / "empty"))
 
-    # Devices of a model alone are found at `up`.
+    assert result.exit_code == 1
+    assert "no config.json" in result.stderr
+
+
+def test_a_model_alone_is_planned_only_once_its_devices_were_measured() -> None:
+    result = motley("plan", "--model", str(ROOT / "deploy" / "checkpoints" / "tiny-qwen3"))
+
     assert result.exit_code == 2
     assert "devices is not set" in result.stderr
+    assert "Run `motley profile`" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -146,6 +153,7 @@ def test_doctor_passes_here_and_fails_on_a_port_that_is_taken(home: Path) -> Non
     [
         ["--help"],
         ["plan", "--help"],
+        ["profile", "--help"],
         ["up", "--help"],
         ["plan", "--json"],
         ["status"],

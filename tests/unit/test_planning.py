@@ -7,7 +7,6 @@ from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, MotleyConfig, default_config
 from cluster.planning import (
     best_single_device_plan,
-    declared_devices,
     declared_topology,
     dtype_bytes,
     make_plan,
@@ -31,18 +30,18 @@ def test_the_embedded_default_cuts_unevenly_with_a_step_that_real_work_fits_in(
 ) -> None:
     config = default_config()
 
-    plan = make_plan(config, tiny, declared_devices(config))
+    plan = make_plan(config, tiny, declared_topology(config))
 
     assert [stage.num_layers for stage in plan.stages] == [5, 2, 1]
     assert 0.015 <= plan.bottleneck_s <= 0.025
     assert plan.bottleneck_s <= plan.lower_bound_s * 1.1
-    assert best_single_device_plan(config, tiny, declared_devices(config)) is None
+    assert best_single_device_plan(config, tiny, declared_topology(config)) is None
 
 
 def test_the_best_single_device_is_found_when_one_holds_the_model(tiny: ModelProfile) -> None:
     config = config_with(plan={"context_tokens": 64})
 
-    alone = best_single_device_plan(config, tiny, declared_devices(config))
+    alone = best_single_device_plan(config, tiny, declared_topology(config))
 
     assert alone is not None
     assert [stage.device_id for stage in alone.stages] == ["big"]
@@ -98,4 +97,4 @@ def test_a_cut_that_does_not_suit_the_model_is_a_settings_error(tiny: ModelProfi
     config = config_with(plan={"layer_counts": [4, 2, 1]})
 
     with pytest.raises(ConfigError, match=r"plan: layer_counts \[4, 2, 1\] must .* 8 layers"):
-        make_plan(config, tiny, declared_devices(config))
+        make_plan(config, tiny, declared_topology(config))

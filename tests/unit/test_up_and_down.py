@@ -16,7 +16,7 @@ from cluster.commands.output import Output
 from cluster.commands.up import AlreadyRunningError, bring_up
 from cluster.config import MotleyConfig, default_config
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped, event_json
-from cluster.planning import declared_devices, make_plan
+from cluster.planning import declared_topology, make_plan
 from cluster.runstate import (
     NotRunningError,
     RunState,
@@ -42,7 +42,7 @@ def plan() -> StagesPlan:
 
     config = default_config()
     profile = Checkpoint.open(config.model).profile(dtype_bytes=4)
-    return make_plan(config, profile, declared_devices(config))
+    return make_plan(config, profile, declared_topology(config))
 
 
 def saved() -> dict[str, object]:

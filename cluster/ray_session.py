@@ -1,0 +1,81 @@
+"""The Ray session that commands run in: which cluster to join, or how to start one here."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.config import ConfigError, MotleyConfig
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CONNECT_TIMEOUT_S = 5.0
+
+
+def connect(config: MotleyConfig) -> None:
+    """Join the configured cluster (or the job's own), or start one here.
+
+    Raises:
+        ConfigError: Nothing answers at the cluster's address.
+    """
+    options = ray_options(config)
+    address = str(options.get("address", "auto"))
+    if (error := connect_error(address)) is not None:
+        raise ConfigError(
+            f"ray.address: {address} cannot be joined ({error}); start Ray there, or correct the "
+            f"address"
+        )
+    ray.init(**options)
+
+
+def connect_error(address: str) -> OSError | None:
+    """Try the address first: Ray itself retries a dead one for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if not port.isdecimal():
+        return None  # "auto" and the like: Ray looks the address up
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        return error
+    return None
+
+
+def ray_options(config: MotleyConfig) -> dict[str, Any]:
+    """Return what to call `ray.init` with: join what the settings, RAY_ADDRESS or the job name."""
+    settings = config.ray
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    environment = {"OMP_NUM_THREADS": str(config.engine.cpu_threads)}
+    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    if in_job or address is not None:
+        options["address"] = address or "auto"
+        if not in_job:
+            # A submitted job's workers get its working directory; these must be told.
+            options["runtime_env"] = {"env_vars": environment | _python_path()}
+        return options
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.update(environment)
+    options |= {
+        "num_cpus": settings.num_cpus or _local_cpus(config),
+        "include_dashboard": False,
+        "runtime_env": {"env_vars": _python_path()},
+    }
+    if settings.object_store_bytes is not None:
+        options["object_store_memory"] = settings.object_store_bytes
+    return options
+
+
+def _local_cpus(config: MotleyConfig) -> int:
+    """One worker for each stage and lane may start at once; none waits for a logical CPU."""
+    return len(config.devices or (None,)) + config.plan.lanes
+
+
+def _python_path(extra: Sequence[str] = ()) -> dict[str, str]:
+    """Make workers on this machine import the packages that this process imports."""
+    known = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(_ROOT), *extra, *([known] if known else [])])}
