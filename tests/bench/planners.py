@@ -1,0 +1,378 @@
+"""Planners: how good and how fast, beside EPLB, round robin, even and memory-proportional splits.
+
+Run: python tests/bench/planners.py [--quick]
+
+Quality is simulated (the cost model prices both sides); times are real, on one core. Every figure
+names its baseline; where a baseline does not fit the memory the table says so and there is no
+figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from figures import Figure, Kind, median, report
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from expert_vectors import (  # noqa: E402 - a flat folder of the tests
+    UNEQUAL_VECTORS,
+    V5_FOUR_SPARE,
+    V5_NO_REPLICA,
+    expert_devices,
+)
+from published_profiles import (  # noqa: E402
+    GPT_OSS_20B,
+    QWEN3_1_7B,
+    TIERS,
+    PublishedProfile,
+)
+
+from actors.engine.checkpoint import planning_profile  # noqa: E402
+from cluster.config import load_config  # noqa: E402
+from cluster.planning import declared_topology, dtype_bytes, serving_workload  # noqa: E402
+from placement.errors import InfeasiblePlanError  # noqa: E402
+from placement.experts import ExpertDevice, plan_experts  # noqa: E402
+from placement.front import plan_front  # noqa: E402
+from placement.stages import StagesPlan, plan_stages  # noqa: E402
+from placement.steady import steady_state  # noqa: E402
+from placement.topology import Device, Topology  # noqa: E402
+from placement.train import TrainPlan, plan_train  # noqa: E402
+from placement.training import SlotSchedule, slots_from_counts  # noqa: E402
+from placement.workload import LayerCost, ModelProfile, ServingWorkload  # noqa: E402
+
+MICRO_BATCHES = 9
+TOPOLOGIES = ROOT / "deploy" / "configs" / "topologies"
+ZIPF = 0.8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer random cases and repeats")
+    quick = parser.parse_args().quick
+    figures = [
+        *train_figures(),
+        *stage_figures(),
+        *stage_times(repeats=3 if quick else 9),
+        *expert_figures(cases=100 if quick else 1000),
+        *expert_times(layers=58),
+    ]
+    print()
+    report(figures)
+
+
+def figure(
+    name: str, value: float, baseline: float, target: str, *, met: bool, kind: Kind = "simulated"
+) -> Figure:
+    return Figure(
+        figure=name, value=value, baseline=baseline, ratio=value / baseline if baseline else 0.0,
+        target=target, met=met, kind=kind,
+    )  # fmt: skip
+
+
+def timed(work: Callable[[], object], repeats: int) -> float:
+    """Return the median seconds of `work`, after one run that warms caches."""
+    work()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)
+
+
+# --- training ---------------------------------------------------------------------------------
+
+
+def train_figures() -> list[Figure]:
+    print(f"training, {MICRO_BATCHES} micro-batches a round, idle share of the aggregate speed")
+    figures = []
+    for profile, steady, sync in ((QWEN3_1_7B, 0.027, 0.1907), (GPT_OSS_20B, 0.023, 0.1398)):
+        figures += equal_devices(profile, steady, sync)
+        figures.append(unequal_devices(profile))
+    return figures
+
+
+def equal_devices(profile: PublishedProfile, steady_most: float, sync_most: float) -> list[Figure]:
+    costs = profile.costs()
+    by_hand = steady_state(
+        costs,
+        SlotSchedule(slots=profile.slots, micro_batches=MICRO_BATCHES, dispatch="round_robin"),
+    ).idle_fraction
+    started = time.perf_counter()
+    plan = plan_train(costs, micro_batches=MICRO_BATCHES)
+    seconds = time.perf_counter() - started
+    published_sync = profile.bubble_percent["roundpipe"] / 100
+    sync = plan_train(costs, micro_batches=8, rounds_per_step=2, synchronous=True)
+    print(
+        f"  {profile.name}, 8 equal: steady {plan.idle_fraction:.2%} (published stages "
+        f"{by_hand:.2%}), sync of 16 {sync.idle_fraction:.2%} (published {published_sync:.2%}), "
+        f"{len(plan.slots)} slots, planned in {seconds:.2f} s"
+    )
+    if profile is QWEN3_1_7B:
+        own = own_planner_idle(profile)
+        print(f"  {profile.name}: RoundPipe's own planner's stages idle {own:.2%}")
+    return [
+        figure(
+            f"train steady idle, {profile.name}, 8 equal", plan.idle_fraction, by_hand,
+            f"<= {steady_most}", met=plan.idle_fraction <= steady_most,
+        ),
+        figure(
+            f"train sync idle, {profile.name}, 8 equal", sync.idle_fraction, published_sync,
+            f"< {sync_most}", met=sync.idle_fraction < sync_most,
+        ),
+    ]  # fmt: skip
+
+
+def own_planner_idle(profile: PublishedProfile) -> float:
+    """The stages that RoundPipe's library computes for this profile: fewest, hence ragged."""
+    slots = slots_from_counts((1, 9, 9, 9), 0, (1, *[3] * 9))
+    schedule = SlotSchedule(slots=slots, micro_batches=MICRO_BATCHES, dispatch="round_robin")
+    return steady_state(profile.costs(), schedule).idle_fraction
+
+
+def unequal_devices(profile: PublishedProfile) -> Figure:
+    costs = profile.costs(TIERS)
+    plan: TrainPlan = plan_train(costs, micro_batches=MICRO_BATCHES)
+    in_turn = steady_state(
+        costs,
+        SlotSchedule(slots=profile.slots, micro_batches=MICRO_BATCHES, dispatch="round_robin"),
+    ).idle_fraction
+    print(
+        f"  {profile.name}, four speeds twice: {plan.idle_fraction:.2%} "
+        f"(round robin over the published stages {in_turn:.2%})"
+    )
+    return figure(
+        f"train steady idle, {profile.name}, 4 speeds", plan.idle_fraction, in_turn, "<= 0.02",
+        met=plan.idle_fraction <= 0.02,
+    )  # fmt: skip
+
+
+# --- serving stages ---------------------------------------------------------------------------
+
+
+def stage_figures() -> list[Figure]:
+    print("\nserving, tokens/s: Motley, even split, memory-proportional split")
+    figures = []
+    for path in sorted(TOPOLOGIES.glob("*.yaml")):
+        config = load_config(path)
+        topology = declared_topology(config)
+        width = dtype_bytes(config.engine, [device.kind for device in topology.devices])
+        profile = planning_profile(config.model, dtype_bytes=width)
+        workload = serving_workload(config)
+        plan = plan_stages(profile, topology, workload=workload, device_order="free")
+        sizes = [float(device.memory_bytes) for device in topology.devices]
+        rivals = {
+            "even split": forced(profile, topology, workload, [1.0] * len(sizes)),
+            "memory split": forced(profile, topology, workload, sizes),
+        }
+        told = [
+            f"{name} {'does not fit' if rival is None else f'{rival.predicted_tokens_per_s:.1f}'}"
+            for name, rival in rivals.items()
+        ]
+        print(f"  {path.stem}: {plan.predicted_tokens_per_s:.1f} ({', '.join(told)})")
+        figures += [
+            figure(
+                f"stages tokens/s, {path.stem} beside {name}", plan.predicted_tokens_per_s,
+                rival.predicted_tokens_per_s, ">= 1x baseline",
+                met=plan.predicted_tokens_per_s >= rival.predicted_tokens_per_s * (1 - 1e-9),
+            )
+            for name, rival in rivals.items() if rival is not None
+        ]  # fmt: skip
+    return figures
+
+
+def forced(
+    profile: ModelProfile,
+    topology: Topology,
+    workload: ServingWorkload,
+    weights: Sequence[float],
+) -> StagesPlan | None:
+    """Split the layers in proportion to weights, in the order given; None: it does not fit."""
+    shares = np.cumsum(np.array(weights) / sum(weights) * profile.num_layers)
+    ends = np.rint(shares).astype(int)
+    counts = np.diff(ends, prepend=0).tolist()
+    try:
+        return plan_stages(profile, topology, workload=workload, layer_counts=counts)
+    except InfeasiblePlanError:
+        return None
+
+
+def stage_times(repeats: int) -> list[Figure]:
+    print("\ntime to plan 94 layers, seconds (even split priced, as the baseline)")
+    figures = []
+    for num_devices, most_s in ((16, 0.05), (512, 2.0)):
+        profile, topology, workload = large_case(num_devices)
+        even_s = timed(lambda: forced(profile, topology, workload, [1.0] * num_devices), 3)  # noqa: B023
+        for order in ("given", "free"):
+            plan = plan_stages(profile, topology, workload=workload, device_order=order)
+            seconds = timed(
+                lambda: plan_stages(profile, topology, workload=workload, device_order=order),  # noqa: B023
+                repeats,
+            )
+            exact = "exact" if plan.is_exact else f"gap {plan.gap:.2%}"
+            print(f"  {num_devices} devices, {order} order: {seconds:.3f} s, {exact}")
+            figures.append(
+                figure(
+                    f"stages planning s, 94 layers, {num_devices} devices, {order} order",
+                    seconds,
+                    even_s,
+                    f"<= {most_s} s",
+                    met=seconds <= most_s,
+                    kind="real",
+                )
+            )
+    profile, topology, workload = large_case(16)
+    started = time.perf_counter()
+    front = plan_front(profile, topology, workload=workload, device_order="given")
+    print(
+        f"  front of 16 devices: {len(front.plans)} plans, epsilon {front.epsilon}, "
+        f"{time.perf_counter() - started:.2f} s"
+    )
+    return figures
+
+
+def large_case(num_devices: int) -> tuple[ModelProfile, Topology, ServingWorkload]:
+    """94 equal layers over devices of unequal speed and memory, four to a node."""
+    rng = np.random.default_rng(7)
+    layer = LayerCost(
+        flops_per_token=5e8, weight_bytes=500_000_000, kv_bytes_per_token=2048,
+        attention_flops_per_context_token=3e4,
+    )  # fmt: skip
+    end = LayerCost(flops_per_token=0, weight_bytes=1_200_000_000)
+    profile = ModelProfile(
+        name="94 layers", embedding=end, layers=(layer,) * 94,
+        head=replace(end, flops_per_token=1.2e9), hidden_bytes_per_token=8192,
+    )  # fmt: skip
+    devices = tuple(
+        Device(
+            id=f"d{index:03d}",
+            node=f"n{index // 4:03d}",
+            kind="cuda",
+            flops_per_s=float(rng.uniform(2e13, 1.2e14)),
+            memory_bytes_per_s=float(rng.uniform(2e11, 9e11)),
+            memory_bytes=int(rng.choice([8, 12, 16, 24])) << 30,
+            active_power_w=float(rng.uniform(100, 400)),
+        )
+        for index in range(num_devices)
+    )
+    workload = ServingWorkload(
+        lanes=32, sequences_per_lane=8, context_tokens_per_sequence=1024, kv_tokens=32 * 8 * 1024,
+        step_tokens=512,
+    )  # fmt: skip
+    return profile, Topology(devices=devices), workload
+
+
+# --- experts ----------------------------------------------------------------------------------
+
+
+def expert_figures(cases: int) -> list[Figure]:
+    print("\nexperts on unequal devices: slowest device over the bound")
+    figures = []
+    for vector in UNEQUAL_VECTORS:
+        plan = plan_experts(vector.load_rows, vector.devices, expert_bytes=1)
+        print(f"  {vector.name}: {plan.bottleneck_s / vector.bound_s:.4f}x the bound")
+    for vector, equal_slots, most in ((V5_NO_REPLICA, 3, 1.03), (V5_FOUR_SPARE, 4, 1.0 + 1e-6)):
+        ours = plan_experts(vector.load_rows, vector.devices, expert_bytes=1)
+        same = [replace(device, slots_per_layer=equal_slots) for device in vector.devices]
+        eplb = plan_experts(vector.load_rows, same, expert_bytes=1, mode="eplb")
+        figures.append(
+            figure(
+                f"experts over bound, {vector.name} beside EPLB",
+                ours.bottleneck_s / vector.bound_s,
+                eplb.bottleneck_s / vector.bound_s,
+                f"<= {most:g}x bound",
+                met=ours.bottleneck_s <= most * vector.bound_s,
+            )
+        )
+    return [*figures, *random_cases(cases)]
+
+
+def random_cases(cases: int) -> list[Figure]:
+    rng = np.random.default_rng(11)
+    against: dict[str, list[float]] = {"EPLB": [], "round robin": [], "memory split": []}
+    for _ in range(cases):
+        loads, devices = random_case(rng)
+        ours = plan_experts(loads, devices, expert_bytes=1).bottleneck_s
+        eplb = plan_experts(loads, devices, expert_bytes=1, mode="eplb").bottleneck_s
+        against["EPLB"].append(ours / eplb)
+        against["round robin"].append(ours / dealt_s(loads[0], devices, by_slots=False))
+        against["memory split"].append(ours / dealt_s(loads[0], devices, by_slots=True))
+    figures = []
+    for name, ratios in against.items():
+        mean, worst = float(np.mean(ratios)), max(ratios)
+        print(f"  {cases} random layers beside {name}: mean {mean:.3f}x, worst {worst:.3f}x")
+        figures.append(
+            figure(
+                f"experts slowest device, worst of {cases} beside {name}",
+                worst,
+                1.0,
+                "<= 1x baseline",
+                met=worst <= 1 + 1e-9,
+            )
+        )
+    return figures
+
+
+def random_case(rng: np.random.Generator) -> tuple[np.ndarray, list[ExpertDevice]]:
+    num_experts = int(rng.choice([8, 16, 32]))
+    num_devices = int(rng.choice([2, 4, 8]))
+    least = num_experts // num_devices
+    slots = tuple(int(least + extra) for extra in rng.integers(0, 3, num_devices))
+    speeds = tuple(float(speed) for speed in rng.uniform(1, 4, num_devices))
+    loads = rng.permutation(1000.0 / np.arange(1, num_experts + 1) ** ZIPF)[None]
+    return loads, expert_devices(speeds, slots)
+
+
+def dealt_s(loads: np.ndarray, devices: Sequence[ExpertDevice], *, by_slots: bool) -> float:
+    """Deal the experts out in turn, or in runs as long as each device's share of the slots."""
+    shares = np.array([device.slots_per_layer for device in devices], dtype=float)
+    if by_slots:
+        ends = np.rint(np.cumsum(shares / shares.sum() * len(loads))).astype(int)
+        owner = np.searchsorted(ends, np.arange(len(loads)), side="right")
+    else:
+        owner = np.arange(len(loads)) % len(devices)
+    rows = np.bincount(owner, weights=loads, minlength=len(devices))
+    return float(max(rows / [device.rows_per_s for device in devices]))
+
+
+def expert_times(layers: int) -> list[Figure]:
+    print(f"\n{layers} layers x 256 experts on 32 devices of 9 slots, one to four times as fast")
+    figures = []
+    for alpha in (0.4, 0.8, 1.2):
+        rng = np.random.default_rng(3)
+        ranks = 1.0 / np.arange(1, 257) ** alpha
+        loads = np.array([rng.permutation(ranks) for _ in range(layers)]) * 4096
+        devices = expert_devices(tuple(rng.uniform(1, 4, 32).tolist()), (9,) * 32, num_nodes=4)
+        started = time.perf_counter()
+        ours = plan_experts(loads, devices, expert_bytes=1)
+        seconds = time.perf_counter() - started
+        started = time.perf_counter()
+        eplb = plan_experts(loads, devices, expert_bytes=1, mode="eplb")
+        eplb_s = time.perf_counter() - started
+        print(
+            f"  Zipf {alpha}: {seconds:.2f} s, {1 + ours.gap:.5f}x the bound "
+            f"(EPLB {eplb_s:.2f} s, {1 + eplb.gap:.3f}x)"
+        )
+        figures.append(
+            figure(
+                f"experts planning s, 58 x 256 on 32, Zipf {alpha}, beside EPLB",
+                seconds,
+                eplb_s,
+                "<= 2 s",
+                met=seconds <= 2.0,
+                kind="real",
+            )
+        )
+    return figures
+
+
+if __name__ == "__main__":
+    main()
