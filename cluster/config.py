@@ -116,6 +116,9 @@ class TrainingPlanSettings(_Settings):
     """Of one round; at least as many as devices keeps an equal pool busy."""
     sequences_per_micro_batch: int = Field(1, ge=1)
     sequence_tokens: int = Field(2048, ge=1)
+    rounds_per_step: int = Field(4, ge=1)
+    """Rounds that accumulate gradients for one optimizer step; several leave unequal devices less
+    idle, since a step's gradients may be one step old and no older."""
     trained_fraction: float = Field(1.0, ge=0, le=1)
     """Share of the weights that has gradients: 1 for full fine-tuning, little for adapters."""
 

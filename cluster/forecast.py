@@ -124,4 +124,6 @@ def training_forecast(config: MotleyConfig, profile: ModelProfile, topology: Top
             ),
             headroom_fraction=config.plan.headroom_fraction,
         )
-        return plan_train(costs, micro_batches=load.micro_batches)
+        return plan_train(
+            costs, micro_batches=load.micro_batches, rounds_per_step=load.rounds_per_step
+        )

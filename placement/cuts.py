@@ -108,6 +108,14 @@ def seed_shapes(weights: LayerWeights) -> list[Shape]:
     )
 
 
+def all_cuts(num_layers: int) -> Iterator[Cut]:
+    """Yield every cut: (4^layers + 2) / 3 of them."""
+    for fused in range(num_layers + 1):
+        for forward in _compositions(num_layers - fused):
+            for backward in _compositions(num_layers - fused):
+                yield Cut(forward, fused, backward)
+
+
 def similar_shapes(shape: Shape, num_layers: int) -> Iterator[Shape]:
     """Yield the shapes one step away: a stage or two more or less, a layer fused or not, another
     order."""
@@ -150,6 +158,12 @@ def neighbours(cut: Cut) -> Iterator[Cut]:
         yield Cut(forward, fused, counts)
     for counts in _reshaped(forward):
         yield Cut(counts, fused, backward)
+
+
+def _compositions(total: int) -> list[tuple[int, ...]]:
+    if not total:
+        return [()]
+    return [(head, *rest) for head in range(1, total + 1) for rest in _compositions(total - head)]
 
 
 def _slot_lengths(weights: LayerWeights) -> list[float]:

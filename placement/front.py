@@ -13,7 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from placement.front_search import Chain, Cut, Question, Stages, front_of, search_front
+from placement.front_search import (
+    Chain,
+    Cut,
+    Question,
+    Stages,
+    cheapest_before,
+    front_of,
+    search_front,
+)
 from placement.pricing import Ints, StagePrices
 from placement.stage_bounds import Bounds, bounds_of
 from placement.stage_plan import DeviceOrder, Span, StagesPlan, plan_of
@@ -26,11 +34,11 @@ from placement.workload import ModelProfile, ServingWorkload
 DevicesOf = Callable[[Sequence[int]], Sequence[int]]
 """Names the devices of a chain's positions."""
 
-MOST_LABELS = 1_500_000
-"""Labels that one search may look at: a second or two."""
+MOST_LABELS = 1_000_000
+"""Labels that one search may look at: about a second."""
 _EXACT_SHARE = 8
 """The first, exact try gets this fraction of them before it is given up for coarser ones."""
-_EPSILONS = (0.5, 0.2, 0.1, 0.03, 0.01, 0.0)
+_EPSILONS = (1.0, 0.5, 0.25, 0.12, 0.06, 0.03, 0.01, 0.0)
 _MOST_POSITIONS = 600
 """(devices in use, last device) pairs of a search over all orders: six different devices take 192,
 seven 448."""
@@ -83,9 +91,9 @@ def plan_front(
 
     O(labels x log labels) for each device and layer, see `placement.front_search`. The labels of
     an exact front can grow with the number of cuts: where `most_labels` do not do, the search
-    starts anew with an epsilon, which then shrinks as far as they allow. In
-    free order all orders are searched while there are few (up to 7 different devices); beyond,
-    the orders that are best for one objective each.
+    starts anew with an epsilon, which then shrinks as far as they allow. In free order all orders
+    are searched while there are few (up to 7 different devices); beyond, the orders that are best
+    for one objective each.
 
     Raises:
         InfeasiblePlanError: As `plan_stages`.
@@ -161,12 +169,14 @@ def _refined(
 ) -> tuple[list[Stages], float | None]:
     """Search exactly if that is short, else with as small an epsilon as labels allow."""
     tries = [(0.0, most_labels // _EXACT_SHARE), *((epsilon, most_labels) for epsilon in _EPSILONS)]
-    cuts, reached = list(known), None
+    cuts, reached = front_of(known), None
+    before = cheapest_before(question, chain)
     for epsilon, budget in tries:
-        found = search_front(question, chain, [cut.values for cut in cuts], epsilon, budget)
+        values = [cut.values for cut in cuts]
+        found = search_front(question, chain, before, values, epsilon, budget)
+        if found is None and budget < most_labels:
+            continue
         if found is None:
-            if reached is None:
-                continue
             break
         fresh = [Cut(cut.values, _spans(cut.stages, devices_of)) for cut in found]
         cuts, reached = front_of([*cuts, *fresh]), epsilon

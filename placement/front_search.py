@@ -9,8 +9,8 @@ the front of periods.
 Labels are compared on a logarithmic grid: one is dropped when another's cell is nowhere higher.
 Cells are fixed, so drops do not add up within a stage, and a chain of at most n stages loses at
 most a factor (1 + cell)^n. With epsilon 0 a cell is as wide as rounding. A label is also dropped
-when the best that can become of it, with the other layers at their cheapest, is covered by a known
-cut, within half the epsilon.
+when the best that can become of it, with the layers before at their cheapest, is covered by a known
+cut within some slack. Cells and slack may each lose the square root of 1 + epsilon.
 """
 
 from __future__ import annotations
@@ -82,21 +82,24 @@ class Question(NamedTuple):
 def search_front(
     question: Question,
     chain: Chain,
+    before: Floats,
     known: Sequence[tuple[float, float, float]],
     epsilon: float,
     budget: int,
 ) -> list[Cut] | None:
     """Return cuts, by position, that with the known ones cover all others.
 
-    Within a factor 1 + epsilon on every axis; with 0 they hold the front itself. None: more than
-    `budget` labels would have been looked at.
+    Within a factor 1 + epsilon on every axis; with 0 they hold the front itself. `before` is
+    `cheapest_before` of the chain. None: more than `budget` labels would have been looked at.
     """
     num_layers = question.prices.num_layers
-    cell = math.expm1(math.log1p(epsilon / 2.0) / chain.most_stages) if epsilon else _ROUNDING
-    cover = _Cover(question, chain, known, 1.0 + epsilon / 2.0)
+    half = math.log1p(epsilon) / 2.0
+    cell = math.expm1(half / chain.most_stages) if epsilon else _ROUNDING
+    cover = _Cover(question.prices.workload.lanes, before, known, math.exp(half))
     tables: dict[int, list[_Labels | None]] = {}
     for position in reversed(range(len(chain.makes))):
         onward = [_onward(question, chain, tables, position, end) for end in range(num_layers)]
+        budget -= sum(len(labels.end) for labels in onward if labels is not None)
         onward.append(_finished(question.least_s))
         table: list[_Labels | None] = [None] * num_layers
         for first in range(num_layers):
@@ -169,19 +172,19 @@ class _Cover:
 
     def __init__(
         self,
-        question: Question,
-        chain: Chain,
+        lanes: int,
+        before: Floats,
         known: Sequence[tuple[float, float, float]],
         slack: float,
     ) -> None:
-        self._lanes = question.prices.workload.lanes
+        self._lanes = lanes
         self._known = np.array(known).reshape(-1, 3)
         self._slack = slack
-        self._before = _cheapest_before(question, chain)
+        self._before = before
 
     def uncovered(self, labels: _Labels, position: int, first: int) -> _Labels | None:
         bottleneck_s, latency_s, energy_j = self._before[:, position, first]
-        totals = labels.values + (np.array([0.0, latency_s, energy_j]))
+        totals = labels.values + np.array([0.0, latency_s, energy_j])
         np.maximum(totals[:, 0], bottleneck_s, out=totals[:, 0])
         np.maximum(totals[:, 0], totals[:, 1] / self._lanes, out=totals[:, 0])
         covered = (self._known[None] <= totals[:, None] * self._slack).all(axis=2).any(axis=1)
@@ -189,35 +192,25 @@ class _Cover:
         return left if len(left.end) else None
 
 
-def _cheapest_before(question: Question, chain: Chain) -> Floats:
+def cheapest_before(question: Question, chain: Chain) -> Floats:
     """Return [axis, position, first layer] what the stages before cost at least, each axis alone.
 
-    Infinite where no chain of stages leads there.
+    Infinite where no chain of stages leads there. O(positions x (layers^2 + positions x layers)).
     """
     prices = question.prices
     before = np.full((3, len(chain.makes), prices.num_layers + 1), np.inf)
     before[:, list(chain.is_first), 0] = 0.0
     for position, (make, node) in enumerate(zip(chain.makes, chain.nodes, strict=True)):
         here = before[:, position, :-1, None]
-        reached = np.stack(
-            (
-                np.maximum(here[0], prices.steps_s[make]).min(axis=0),
-                (here[1] + prices.steps_s[make]).min(axis=0),
-                (here[2] + question.joules[make]).min(axis=0),
-            )
-        )
-        for later in chain.following[position]:
-            at = (node, chain.nodes[later])
-            if np.isinf(prices.hop_s[at]):
-                continue
-            onward = np.stack(
-                (
-                    np.maximum(reached[0], prices.occupied_s[at]),
-                    reached[1] + prices.hop_s[at],
-                    reached[2],
-                )
-            )
-            np.minimum(before[:, later], onward, out=before[:, later])
+        busy_s = np.maximum(here[0], prices.steps_s[make]).min(axis=0)
+        latency_s = (here[1] + prices.steps_s[make]).min(axis=0)
+        energy_j = (here[2] + question.joules[make]).min(axis=0)
+        later = list(chain.following[position])
+        hop_s = prices.hop_s[node, chain.nodes[later], None]
+        hop_busy_s = prices.occupied_s[node, chain.nodes[later], None]
+        is_open = np.where(np.isfinite(hop_s), 0.0, np.inf)
+        onward = (np.maximum(busy_s, hop_busy_s), latency_s + hop_s, energy_j + is_open)
+        before[:, later] = np.minimum(before[:, later], np.stack(onward))
     return before
 
 

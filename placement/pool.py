@@ -10,8 +10,9 @@ O(1) per device instead of O(micro_batches):
 - A link hands on one micro-batch at a time: arrival[m] = max(arrival[m - 1], end[m]) + c is the
   same recurrence.
 So a slot's times follow from its first and last micro-batch alone. A backward slot recomputes
-(`lead_s`) before it needs the incoming gradient: end[m] = max(end[m - 1] + lead, arrival[m]) +
-rest, the same with arrival shifted by the lead.
+(`lead_s`) before it needs the incoming gradient: end[m] = max(end[m - 1], saved[m], arrival[m] -
+lead) + t. The input that it recomputes from is saved by a forward slot; saved[m] is when the
+micro-batch leaves the last of them, which is convex too (a little late for layers of the others).
 
 Weights: a slot's upload starts when its device begins the slot before it, and overlaps it.
 """
@@ -36,6 +37,16 @@ class SlotOption(NamedTuple):
     upload_s: float
 
 
+class Inputs(NamedTuple):
+    """When the first and the last micro-batch leave the slot before, and when the inputs saved for
+    a recompute exist."""
+
+    first_s: float
+    last_s: float
+    first_saved_s: float = -math.inf
+    last_saved_s: float = -math.inf
+
+
 class Visit(NamedTuple):
     """A slot on the device it was dispatched to."""
 
@@ -50,7 +61,7 @@ class Pool:
 
     Args:
         hand_off_s: [D][D] Seconds to hand one micro-batch on.
-        schedule: Read for `micro_batches`, `dispatch`, `rounds_per_step` and `staleness` only.
+        schedule: Its slots' kinds, and how rounds follow each other.
     """
 
     def __init__(self, hand_off_s: Sequence[Sequence[float]], schedule: SlotSchedule) -> None:
@@ -64,6 +75,7 @@ class Pool:
         self._hand_off_s = hand_off_s
         self._first_links_s = [0.0] * len(hand_off_s)
         self._micro_batches = schedule.micro_batches
+        self._num_forward = schedule.num_forward
         self._round_robin = schedule.dispatch == "round_robin"
         self._rounds_per_step = schedule.rounds_per_step
         self._staleness = schedule.staleness
@@ -82,34 +94,36 @@ class Pool:
 
     def run_round(self, slots: Sequence[Sequence[SlotOption]]) -> list[Visit]:
         """Dispatch one round; O(slots x devices)."""
-        first_s = last_s = self.release_s()
+        release_s = self.release_s()
+        inputs = Inputs(release_s, release_s)
+        saved_s = -math.inf, -math.inf
         links_s: Sequence[float] = self._first_links_s
         visits = []
-        for options in slots:
+        for index, options in enumerate(slots):
             if self._round_robin:
                 options = (_option_of(options, self.next_device),)
                 self.next_device = (self.next_device + 1) % len(self.free_s)
-            visit = self._earliest(options, first_s, last_s, links_s)
+            visit = self._earliest(options, inputs, links_s)
             option, first_s, last_s = visit
+            if index == self._num_forward:
+                saved_s = inputs[:2]
+            inputs = Inputs(first_s, last_s, *saved_s)
             self.free_s[option.device] = last_s
             self.upload_from_s[option.device] = first_s - option.total_s
             links_s = self._hand_off_s[option.device]
             visits.append(visit)
-        self._close_round(last_s)
+        self._close_round(inputs.last_s)
         return visits
 
     def _earliest(
-        self,
-        options: Sequence[SlotOption],
-        first_s: float,
-        last_s: float,
-        links_s: Sequence[float],
+        self, options: Sequence[SlotOption], inputs: Inputs, links_s: Sequence[float]
     ) -> Visit:
         """Return the option that ends first; the module docstring derives the formula.
 
         The planner spends its time here: plain comparisons are faster than max().
         """
         num = self._micro_batches
+        first_s, last_s, first_saved_s, last_saved_s = inputs
         best_end_s = best_first_end_s = math.inf
         best = options[0]
         for option in options:
@@ -117,6 +131,8 @@ class Pool:
             ready_s = self.free_s[device]
             if upload_s and self.upload_from_s[device] + upload_s > ready_s:
                 ready_s = self.upload_from_s[device] + upload_s
+            if first_saved_s > ready_s:
+                ready_s = first_saved_s
             link_s = links_s[device]
             first_end_s = ready_s + total_s
             arrival_s = first_s + link_s - lead_s
@@ -126,8 +142,11 @@ class Pool:
             arrival_s = first_s + num * link_s
             if last_s + link_s > arrival_s:
                 arrival_s = last_s + link_s
-            if arrival_s - lead_s + total_s > end_s:
-                end_s = arrival_s - lead_s + total_s
+            begin_s = arrival_s - lead_s
+            if last_saved_s > begin_s:
+                begin_s = last_saved_s
+            if begin_s + total_s > end_s:
+                end_s = begin_s + total_s
             if end_s < best_end_s:
                 best, best_end_s, best_first_end_s = option, end_s, first_end_s
         return Visit(best, best_first_end_s, best_end_s)
@@ -143,18 +162,23 @@ class Pool:
 
 
 def micro_batch_ends_s(
-    option: SlotOption, ready_s: float, before_s: Sequence[float], link_s: float
+    option: SlotOption,
+    ready_s: float,
+    before_s: Sequence[float],
+    saved_s: Sequence[float],
+    link_s: float,
 ) -> list[float]:
     """Return when each micro-batch of a slot ends, by the recurrences themselves.
 
-    `before_s` tells when each left the slot before.
+    `before_s` tells when each left the slot before, `saved_s` when the input to recompute it from
+    exists.
     """
     ends_s = []
     end_s = ready_s
     arrival_s = -math.inf
-    for done_s in before_s:
+    for done_s, kept_s in zip(before_s, saved_s, strict=True):
         arrival_s = max(arrival_s, done_s) + link_s
-        end_s = max(end_s, arrival_s - option.lead_s) + option.total_s
+        end_s = max(end_s, kept_s, arrival_s - option.lead_s) + option.total_s
         ends_s.append(end_s)
     return ends_s
 

@@ -119,14 +119,16 @@ def simulate_slots(costs: TrainingCosts, schedule: SlotSchedule, *, rounds: int)
     options = slot_options(prices, schedule)
     pool = Pool(costs.hand_off_s, schedule)
     events: list[Event] = []
+    num_forward = schedule.num_forward
     for round_index in range(rounds):
         before_s = [pool.release_s()] * schedule.micro_batches
         clocks_s = list(pool.free_s), list(pool.upload_from_s)
+        saved_s = [-math.inf] * schedule.micro_batches
         links_s: Sequence[float] = [0.0] * costs.num_devices
         for index, visit in enumerate(pool.run_round(options)):
             device, _, total_s, upload_s = visit.option
             ready_s = max(clocks_s[0][device], clocks_s[1][device] + upload_s)
-            ends_s = micro_batch_ends_s(visit.option, ready_s, before_s, links_s[device])
+            ends_s = micro_batch_ends_s(visit.option, ready_s, before_s, saved_s, links_s[device])
             clocks_s[0][device], clocks_s[1][device] = ends_s[-1], ends_s[0] - total_s
             events += [
                 Event(
@@ -140,6 +142,8 @@ def simulate_slots(costs: TrainingCosts, schedule: SlotSchedule, *, rounds: int)
                 )
                 for micro_batch, end_s in enumerate(ends_s)
             ]
+            if index == num_forward:
+                saved_s = before_s
             before_s, links_s = ends_s, costs.hand_off_s[device]
     return _summary(costs, events, [1.0 / seconds for seconds in alone_s(prices, schedule)])
 

@@ -28,7 +28,7 @@ from placement.stage_search import (
 )
 from placement.stage_subsets import Groups, best_order_of_few
 
-_MOST_TRIED = 64
+_MOST_TRIED = 48
 """Orders that the local search tries."""
 _POOL = 128
 """Devices that the local search takes in at first: those with the most room and speed."""

@@ -142,29 +142,22 @@ def plan_of(
 ) -> StagesPlan:
     """Work out the figures of a cut, and why each device without layers has none."""
     stages = _placements(prices, spans)
-    rows, lanes = prices.workload.sequences_per_lane, prices.workload.lanes
+    rows = prices.workload.sequences_per_lane
     bottleneck_s = max(stage.step_s for stage in stages)
     busiest_hop_s = max(stage.hop_busy_s for stage in stages)
     latency_s = sum(stage.step_s + stage.hop_s for stage in stages)
-    period_s = max(bottleneck_s, busiest_hop_s, latency_s / lanes)
+    period_s = max(bottleneck_s, busiest_hop_s, latency_s / prices.workload.lanes)
     energy_j = _energy_j_per_token(prices, spans, stages)
-    value, bound = {
-        "throughput": (period_s, bounds.period_s),
-        "latency": (latency_s, bounds.latency_s),
-        "energy": (energy_j or 0.0, bounds.energy_j / rows),
-    }[objective]
-    # Rounding alone could put a bound a hair above an optimum that meets it.
-    bound = value if is_exact and device_order == "free" else min(bound, value)
+    value = {"throughput": period_s, "latency": latency_s, "energy": energy_j or 0.0}[objective]
+    bound = value if is_exact and device_order == "free" else _bound(bounds, objective, rows, value)
     is_exact = is_exact or value <= bound * (1.0 + TIE)
+    why = left_out_reasons(prices, spans, objective, value, device_order, is_exact, why_left_out)
     return StagesPlan(
         model=prices.profile.name,
         objective=objective,
         device_order=device_order,
         stages=stages,
-        left_out=left_out_reasons(
-            prices, [s.device for s in spans], objective, value,
-            device_order=device_order, is_exact=is_exact, why_left_out=why_left_out,
-        ),
+        left_out=why,
         bottleneck_s=bottleneck_s,
         busiest_hop_s=busiest_hop_s,
         latency_s=latency_s,
@@ -176,7 +169,17 @@ def plan_of(
         is_exact=is_exact,
         kv_tokens_capacity=_kv_tokens_capacity(prices, spans),
         predicted_tokens_per_s=rows / period_s,
-    )  # fmt: skip
+    )
+
+
+def _bound(bounds: Bounds, objective: Objective, rows: int, value: float) -> float:
+    """Return the bound of an objective; rounding alone could put it above an optimum it meets."""
+    bound = {
+        "throughput": bounds.period_s,
+        "latency": bounds.latency_s,
+        "energy": bounds.energy_j / rows,
+    }[objective]
+    return min(bound, value)
 
 
 def _energy_j_per_token(
@@ -242,15 +245,17 @@ def split_verdict(plan: StagesPlan, alone: StagesPlan | None) -> str:
             f"{_figures_of(plan)}"
         )
     device = alone.stages[0].device_id
-    if len(plan.stages) == 1:
+    is_better = alone.objective_value < plan.objective_value * (1.0 - TIE)
+    if len(plan.stages) == 1 and not is_better:
+        proof = f"; no split improves the {plan.objective}" if plan.is_exact else ""
         return (
             f"do not split: {plan.stages[0].device_id} holds {plan.model} alone and gives "
-            f"{_figures_of(plan)}; more stages do not improve the {plan.objective}"
+            f"{_figures_of(plan)}{proof}"
         )
     if alone.objective_value <= plan.objective_value:
         return (
-            f"do not split: {device} alone gives {_figures_of(alone)}; "
-            f"{len(plan.stages)} stages give {_figures_of(plan)}"
+            f"do not split: {device} alone gives {_figures_of(alone)}; this plan of "
+            f"{len(plan.stages)} stages gives {_figures_of(plan)}"
         )
     tokens = plan.predicted_tokens_per_s / alone.predicted_tokens_per_s
     latency = plan.latency_s / alone.latency_s

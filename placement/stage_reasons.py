@@ -14,23 +14,23 @@ _MOST_NAMED = 8
 
 def left_out_reasons(
     prices: StagePrices,
-    used: Sequence[int],
+    spans: Sequence[tuple[int, int, int]],
     objective: str,
     value: float,
-    *,
     device_order: str,
     is_exact: bool,
-    why_left_out: str | None = None,
+    why_left_out: str | None,
 ) -> tuple[tuple[str, str], ...]:
-    """Return (device id, reason) for every device that is not used.
+    """Return (device id, reason) for every device without one of the (device, first, end) spans.
 
     `why_left_out` is the reason of all, where the caller knows it; `value` is the plan's
     objective: seconds, or joules per token.
     """
+    used = [device for device, _, _ in spans]
     unused = sorted(set(range(len(prices.devices))) - set(used))
     if why_left_out is not None:
         return tuple((prices.devices[index].id, why_left_out) for index in unused)
-    nodes = sorted(set(prices.node_of[list(used)].tolist()))
+    nodes = sorted(set(prices.node_of[used].tolist()))
     least = _least_of_one_layer(prices, objective)
     where = " in this order" if device_order == "given" else ""
     proof = f"no cut with it{where} brings" if is_exact else "no cut was found in which it brings"

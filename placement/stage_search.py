@@ -121,7 +121,7 @@ def best_counts(
     # A stage costs a little extra: a tie goes to the cut with fewer devices.
     extra = TIE * 1e-2 * least
     sweeps = _sweep(line, (Costs(costs.stage + extra, costs.hop), latency_costs(prices)))
-    return _walk(line, itertools.repeat(sweeps))
+    return _walk(line, prices.num_layers, itertools.repeat(sweeps))
 
 
 def least_cost(line: Line, costs: Costs) -> float:
@@ -321,8 +321,8 @@ def _counts_within(prices: StagePrices, line: Line, period_s: float) -> list[int
     budget_s = limit_s * prices.workload.lanes
     fewest = sweeps[0].value[:, 0] == sweeps[0].value[:, 0].min()
     if sweeps[1].value[fewest, 0].min() <= budget_s:
-        return _walk(line, itertools.repeat(sweeps))
-    return _walk(line, _exact_sweeps(line, latency, budget_s))
+        return _walk(line, prices.num_layers, itertools.repeat(sweeps))
+    return _walk(line, prices.num_layers, _exact_sweeps(line, latency, budget_s))
 
 
 def _exact_sweeps(line: Line, latency: Costs, budget_s: float) -> list[tuple[_Sweep, ...]]:
@@ -338,7 +338,7 @@ def _exact_sweeps(line: Line, latency: Costs, budget_s: float) -> list[tuple[_Sw
     return sweeps[::-1]
 
 
-def _walk(line: Line, sweeps_of_stages: Iterable[Sequence[_Sweep]]) -> list[int]:
+def _walk(line: Line, num_layers: int, sweeps_of_stages: Iterable[Sequence[_Sweep]]) -> list[int]:
     """Follow the cheapest path; among equals the last device, then the fewest layers.
 
     That gives the lexicographically smallest counts: as many leading zeros as possible, then the
@@ -346,7 +346,9 @@ def _walk(line: Line, sweeps_of_stages: Iterable[Sequence[_Sweep]]) -> list[int]
     """
     counts = [0] * len(line.makes)
     first, begin = 0, 0
-    for sweeps in sweeps_of_stages:
+    stages = iter(sweeps_of_stages)
+    while first < num_layers:
+        sweeps = next(stages)
         values = [sweep.value[begin:, first] for sweep in sweeps]
         if begin:
             node, later = line.nodes[begin - 1], line.nodes[begin:]
@@ -356,8 +358,6 @@ def _walk(line: Line, sweeps_of_stages: Iterable[Sequence[_Sweep]]) -> list[int]
         ends = [sweep.costs.stage[make, first] + sweep.after[at] for sweep in sweeps]
         end = int(np.flatnonzero(ties_of(ends))[0])
         counts[at], first, begin = end - first, end, at + 1
-        if end == sweeps[0].costs.stage.shape[1]:
-            break
     return counts
 
 

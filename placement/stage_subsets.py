@@ -96,8 +96,6 @@ def best_order_of_few(
     Raises:
         ValueError: The objective is energy and some device's power is not known.
     """
-    if not len(groups.makes):
-        return ()
     if objective == "throughput":
         period_s = _least_period_s(prices, groups, floor_s, limit)
         if np.isinf(period_s):

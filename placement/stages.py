@@ -60,19 +60,16 @@ def plan_stages(
 ) -> StagesPlan:
     """Cut the layers over the devices so that the objective is as small as it can be.
 
-    In the order given the search is exact: O(devices x (layers^2 + nodes x layers)) a sweep, see
-    `placement.stage_search`. In any order it is exact up to 12 devices (more where devices are
-    alike), a local search beyond, see `placement.stage_order`; equal sets of devices then give
-    equal plans, in whatever order they come. The plan says how far it is above a proven bound.
-
-    Ties: figures within a part in 10^9 count as equal; then the fewest devices, the least latency
-    and the lexicographically smallest layer counts, so equal inputs give equal plans.
+    In the order given exact: O(devices x (layers^2 + nodes x layers)) a sweep, see
+    `placement.stage_search`. In any order exact up to 12 devices (more where they are alike), a
+    local search beyond, see `placement.stage_order`; whatever order they come in, the plan is the
+    same. Ties (within a part in 10^9): the fewest devices, the least latency, then the
+    lexicographically smallest counts, so equal inputs give equal plans.
 
     `layer_counts` forces the cut: one count per device, 0 leaves it out.
 
     Raises:
-        InfeasiblePlanError: Weights, KV and activations fit no cut (or not the forced one), or no
-            links join the devices that would hold them.
+        InfeasiblePlanError: No cut (or not the forced one) fits the memories and the links.
         ValueError: An option is malformed, or the objective is energy and the active power of
             some device is not known.
     """
@@ -82,16 +79,11 @@ def plan_stages(
     if objective == "energy":
         energy_costs(prices)
     bounds = bounds_of(prices)
+    why_not = None
     if layer_counts is None:
         spans, is_exact = search_spans(prices, objective, device_order, bounds)
-        why_not = None
-    elif device_order == "free":
-        raise ValueError(
-            "layer_counts has a count per device in the order given, but device_order is 'free'; "
-            "set device_order to 'given', or leave layer_counts out"
-        )
     else:
-        spans, is_exact = _checked_spans(prices, layer_counts), False
+        spans, is_exact = _forced_spans(prices, layer_counts, device_order), False
         why_not = "layer_counts gives it 0 layers"
     return plan_of(
         prices, spans, objective, device_order, bounds, is_exact=is_exact, why_left_out=why_not
@@ -160,7 +152,14 @@ def search_spans(
     return spans_of(order, counts), is_exact
 
 
-def _checked_spans(prices: StagePrices, layer_counts: Sequence[int]) -> list[Span]:
+def _forced_spans(
+    prices: StagePrices, layer_counts: Sequence[int], device_order: DeviceOrder
+) -> list[Span]:
+    if device_order == "free":
+        raise ValueError(
+            "layer_counts has a count per device in the order given, but device_order is 'free'; "
+            "set device_order to 'given', or leave layer_counts out"
+        )
     num_devices, num_layers = len(prices.devices), prices.num_layers
     counts = list(layer_counts)
     if len(counts) != num_devices:

@@ -161,8 +161,9 @@ def plan_train(
 
     Heuristic: evened cuts of many shapes, the best of them improved step by step, all priced by
     the simulator; O(`search_effort`). Slots go to the device that is predicted to finish them
-    first; where all devices are equal, in turn, in order of id. Ties: the fewest slots, then the smallest layer
-    counts. The order of the devices in `costs` does not matter.
+    first; where all devices are equal, in turn, in order of id. Ties: the fewest slots, then the
+    smallest layer counts. The order of the devices in `costs` does not matter. Of models of up to
+    4 layers all cuts are tried.
 
     `rounds_per_step` rounds accumulate gradients for one optimizer step. Asynchronous: a step's
     rounds wait for the step before the last, so gradients are one step old. That bounds how far

@@ -19,6 +19,7 @@ from placement.cuts import (
     Cut,
     LayerWeights,
     Shape,
+    all_cuts,
     is_possible,
     neighbours,
     seed_shapes,
@@ -39,6 +40,8 @@ class Precision(NamedTuple):
     least_rounds: int
 
 
+EXHAUSTIVE_LAYERS = 4
+"""Models of so few layers have fewer than 100 cuts: all are tried, whatever the effort."""
 COARSE = Precision(visits=256, least_rounds=8)
 """To tell promising shapes from others."""
 FINE = Precision(visits=512, least_rounds=12)
@@ -152,6 +155,16 @@ def best_cuts(simulator: CutSimulator, effort: int) -> list[Cut]:
     Ties: the fewest slots, then the smallest layer counts in order.
     """
     num_layers = simulator.costs.num_layers
+    if num_layers <= EXHAUSTIVE_LAYERS:
+        climbed = list(all_cuts(num_layers))
+    else:
+        climbed = _searched_cuts(simulator, effort)
+    finalists = _ranked(simulator, climbed, FINE)[:NUM_FINALISTS]
+    return [cut for cut in finalists if math.isfinite(simulator.seconds(cut, FINE))]
+
+
+def _searched_cuts(simulator: CutSimulator, effort: int) -> list[Cut]:
+    num_layers = simulator.costs.num_layers
     weights = reference_weights(simulator.costs)
     # The finest cut needs the least memory, so it is tried even when the effort is spent.
     shapes = {Cut((1,) * num_layers, 0, (1,) * num_layers): Shape(0, num_layers, num_layers)}
@@ -169,9 +182,7 @@ def best_cuts(simulator: CutSimulator, effort: int) -> list[Cut]:
     reached = [_climb_shapes(simulator, weights, start, SHAPE_SHARE * effort) for start in starts]
     # Moves lead from some starts to cuts that no evened shape is near.
     bases = [*reached, *(shaped(weights, start) for start in starts)]
-    climbed = [_climb(simulator, cut, effort) for cut in _ranked(simulator, bases, FINE)]
-    finalists = _ranked(simulator, climbed, FINE)[:NUM_FINALISTS]
-    return [cut for cut in finalists if math.isfinite(simulator.seconds(cut, FINE))]
+    return [_climb(simulator, cut, effort) for cut in _ranked(simulator, bases, FINE)]
 
 
 def _in_turn(seeds: Sequence[Shape]) -> Iterator[Shape]:

@@ -294,6 +294,11 @@ class SlotSchedule:
     Impossible on a machine, yet how the published RoundPipe figures were simulated."""
 
     @property
+    def num_forward(self) -> int:
+        """How many forward slots precede the fused one."""
+        return sum(slot.kind == "forward" for slot in self.slots)
+
+    @property
     def grain_list(self) -> tuple[RecomputeGrain, ...]:
         """One grain per slot, also where `grains` is left out."""
         if self.grains is not None:

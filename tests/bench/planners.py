@@ -41,10 +41,11 @@ from cluster.planning import declared_topology, dtype_bytes, serving_workload  #
 from placement.errors import InfeasiblePlanError  # noqa: E402
 from placement.experts import ExpertDevice, plan_experts  # noqa: E402
 from placement.front import plan_front  # noqa: E402
+from placement.simulate import simulate_slots  # noqa: E402
 from placement.stages import StagesPlan, plan_stages  # noqa: E402
 from placement.steady import steady_state  # noqa: E402
 from placement.topology import Device, Topology  # noqa: E402
-from placement.train import TrainPlan, plan_train  # noqa: E402
+from placement.train import plan_train  # noqa: E402
 from placement.training import SlotSchedule, slots_from_counts  # noqa: E402
 from placement.workload import LayerCost, ModelProfile, ServingWorkload  # noqa: E402
 
@@ -95,64 +96,101 @@ def train_figures() -> list[Figure]:
     print(f"training, {MICRO_BATCHES} micro-batches a round, idle share of the aggregate speed")
     figures = []
     for profile, steady, sync in ((QWEN3_1_7B, 0.027, 0.1907), (GPT_OSS_20B, 0.023, 0.1398)):
-        figures += equal_devices(profile, steady, sync)
-        figures.append(unequal_devices(profile))
+        figures += [steady_idle(profile, steady), sync_idle(profile, sync), tiers_idle(profile)]
     return figures
 
 
-def equal_devices(profile: PublishedProfile, steady_most: float, sync_most: float) -> list[Figure]:
+def steady_idle(profile: PublishedProfile, most: float) -> Figure:
+    """Eight equal devices. The published simulation lets the head run before its input is there;
+    so does the baseline, ours does not."""
     costs = profile.costs()
-    by_hand = steady_state(
-        costs,
-        SlotSchedule(slots=profile.slots, micro_batches=MICRO_BATCHES, dispatch="round_robin"),
-    ).idle_fraction
     started = time.perf_counter()
     plan = plan_train(costs, micro_batches=MICRO_BATCHES)
     seconds = time.perf_counter() - started
-    published_sync = profile.bubble_percent["roundpipe"] / 100
-    sync = plan_train(costs, micro_batches=8, rounds_per_step=2, synchronous=True)
+    published, honest = (
+        steady_state(
+            costs,
+            SlotSchedule(
+                slots=profile.slots,
+                micro_batches=MICRO_BATCHES,
+                dispatch="round_robin",
+                fused_forward_overlaps=overlaps,
+            ),
+        ).idle_fraction
+        for overlaps in (True, False)
+    )
     print(
-        f"  {profile.name}, 8 equal: steady {plan.idle_fraction:.2%} (published stages "
-        f"{by_hand:.2%}), sync of 16 {sync.idle_fraction:.2%} (published {published_sync:.2%}), "
-        f"{len(plan.slots)} slots, planned in {seconds:.2f} s"
+        f"  {profile.name}, 8 equal, steady: {plan.idle_fraction:.2%} over {len(plan.slots)} slots,"
+        f" planned in {seconds:.2f} s (published stages {published:.2%}, {honest:.2%} when the"
+        f" head waits for its input)"
     )
     if profile is QWEN3_1_7B:
-        own = own_planner_idle(profile)
-        print(f"  {profile.name}: RoundPipe's own planner's stages idle {own:.2%}")
-    return [
-        figure(
-            f"train steady idle, {profile.name}, 8 equal", plan.idle_fraction, by_hand,
-            f"<= {steady_most}", met=plan.idle_fraction <= steady_most,
-        ),
-        figure(
-            f"train sync idle, {profile.name}, 8 equal", sync.idle_fraction, published_sync,
-            f"< {sync_most}", met=sync.idle_fraction < sync_most,
-        ),
-    ]  # fmt: skip
+        print(f"    the stages that RoundPipe's own planner makes: {own_planner_idle(profile):.2%}")
+    return figure(
+        f"train steady idle, {profile.name}, 8 equal, beside published stages",
+        plan.idle_fraction,
+        published,
+        f"<= {most}",
+        met=plan.idle_fraction <= most,
+    )
 
 
 def own_planner_idle(profile: PublishedProfile) -> float:
     """The stages that RoundPipe's library computes for this profile: fewest, hence ragged."""
     slots = slots_from_counts((1, 9, 9, 9), 0, (1, *[3] * 9))
-    schedule = SlotSchedule(slots=slots, micro_batches=MICRO_BATCHES, dispatch="round_robin")
+    schedule = SlotSchedule(
+        slots=slots,
+        micro_batches=MICRO_BATCHES,
+        dispatch="round_robin",
+        fused_forward_overlaps=True,
+    )
     return steady_state(profile.costs(), schedule).idle_fraction
 
 
-def unequal_devices(profile: PublishedProfile) -> Figure:
+def sync_idle(profile: PublishedProfile, most: float) -> Figure:
+    """One step of 16 micro-batches, from an empty pool to an empty pool."""
+    costs = profile.costs()
+    plan = plan_train(costs, micro_batches=8, rounds_per_step=2, synchronous=True)
+    schedule = replace(plan.schedule(costs), fused_forward_overlaps=True)
+    idle = simulate_slots(costs, schedule, rounds=2).idle_fraction
+    published = profile.bubble_percent["roundpipe"] / 100
+    print(
+        f"  {profile.name}, 8 equal, sync: {idle:.2%} as published figures are simulated "
+        f"(published {published:.2%}), {plan.idle_fraction:.2%} when the head waits for its input"
+    )
+    return figure(
+        f"train sync idle, {profile.name}, 8 equal, beside published",
+        idle,
+        published,
+        f"< {most}",
+        met=idle < most,
+    )
+
+
+def tiers_idle(profile: PublishedProfile) -> Figure:
+    """Four speeds, two devices each; rounds that wait for no optimizer step, as in the baseline."""
     costs = profile.costs(TIERS)
-    plan: TrainPlan = plan_train(costs, micro_batches=MICRO_BATCHES)
+    fenced = {
+        rounds: plan_train(costs, micro_batches=MICRO_BATCHES, rounds_per_step=rounds).idle_fraction
+        for rounds in (1, 2, 4)
+    }
+    plan = plan_train(costs, micro_batches=MICRO_BATCHES, rounds_per_step=None)
     in_turn = steady_state(
         costs,
         SlotSchedule(slots=profile.slots, micro_batches=MICRO_BATCHES, dispatch="round_robin"),
     ).idle_fraction
+    told = ", ".join(f"{idle:.2%} at {rounds}" for rounds, idle in fenced.items())
     print(
-        f"  {profile.name}, four speeds twice: {plan.idle_fraction:.2%} "
-        f"(round robin over the published stages {in_turn:.2%})"
+        f"  {profile.name}, four speeds twice: {plan.idle_fraction:.2%} without an optimizer fence "
+        f"(round robin {in_turn:.2%}); gradients one step old and so many rounds a step: {told}"
     )
     return figure(
-        f"train steady idle, {profile.name}, 4 speeds", plan.idle_fraction, in_turn, "<= 0.02",
+        f"train steady idle, {profile.name}, 4 speeds, beside round robin",
+        plan.idle_fraction,
+        in_turn,
+        "<= 0.02",
         met=plan.idle_fraction <= 0.02,
-    )  # fmt: skip
+    )
 
 
 # --- serving stages ---------------------------------------------------------------------------

@@ -474,6 +474,9 @@ def test_slots_respect_devices_links_and_each_other(
             source = done[round_index, stage - 1, micro_batch]
             arrival_s = source.end_s + costs.hand_off_s[index[source.device_id]][device]
             lead_s = lead_of(costs, schedule, stage, device) if layers else 0.0
+            if lead_s:
+                last_forward = done[round_index, schedule.num_forward - 1, micro_batch]
+                assert event.start_s >= last_forward.end_s - 1e-9
             assert event.start_s + lead_s >= arrival_s - 1e-9
 
 
@@ -525,6 +528,7 @@ def test_no_schedule_is_faster_than_its_work_or_its_chain(
 
     simulation = simulate_slots(costs, schedule, rounds=2)
 
+    # What leads needs the forward slots all the same.
     chain_s = sum(
         min(seconds_of(costs, slot, d) - lead_of(costs, schedule, stage, d) for d in devices)
         for stage, slot in enumerate(schedule.slots)

@@ -225,6 +225,15 @@ def test_an_unfound_improvement_is_not_called_impossible() -> None:
     assert any("no cut was found in which it brings" in reason for _, reason in plan.left_out)
 
 
+def test_devices_outside_the_pool_are_used_where_it_is_too_small() -> None:
+    devices = [device(f"d{i:03}", 1.0 + i, 1500, f"n{i % 5}") for i in range(135)]
+
+    plan = plan_case(case_of(devices, model(130)), "latency")
+
+    # Each holds one layer; the slowest five stay out.
+    assert [device_id for device_id, _ in plan.left_out] == [f"d{i:03}" for i in range(5)]
+
+
 def test_few_links_among_many_nodes_still_give_a_plan() -> None:
     apart = [device(f"d{i:02}", 1.0 + i, 1500, f"n{i:02}") for i in range(20)]
     links = tuple(

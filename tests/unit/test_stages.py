@@ -336,8 +336,11 @@ def test_the_best_single_device_and_the_verdict() -> None:
     )
     assert len(single.stages) == 1
     assert split_verdict(single, alone).startswith("do not split: fast holds toy alone")
-    forced = plan_stages(profile, topology, workload=WORKLOAD, layer_counts=[3, 1, 0])
-    assert split_verdict(forced, alone).startswith("do not split: fast alone gives 0.5 tokens/s")
+    assert split_verdict(single, alone).endswith("; no split improves the throughput")
+    for layer_counts in ([3, 1, 0], [4, 0, 0]):
+        forced = plan_stages(profile, topology, workload=WORKLOAD, layer_counts=layer_counts)
+        verdict = split_verdict(forced, alone)
+        assert verdict.startswith("do not split: fast alone gives 0.5 tokens/s")
 
 
 def test_what_no_single_device_holds_must_be_split() -> None:
