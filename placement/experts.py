@@ -4,8 +4,8 @@ The layers of a mixture-of-experts model run one after another and a layer waits
 device, so the planner minimises, layer by layer, the finish of the slowest device: rows over rows
 per second, or expected expert reads for small decode batches. Devices may differ in speed and in
 slots. An expert's rows are split over its replicas by exact weights, and every layer carries a
-lower bound that no placement beats (`placement.expert_bounds`) and the set of devices that shows
-its own weights to be optimal (`placement.replica_weights`).
+lower bound that no placement beats (`placement.packing.bounds`) and the set of devices that shows
+its own weights to be optimal (`placement.packing.weights`).
 
 What it leaves out: links between nodes, the GEMM's loss on few rows, and which experts are chosen
 together. Loads are expectations; a step of few rows scatters around them.
@@ -21,20 +21,20 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.eplb import rebalance_experts
 from placement.errors import InfeasiblePlanError
-from placement.expert_bounds import finish_bound_s
-from placement.expert_plan import (
+from placement.packing.bounds import finish_bound_s
+from placement.packing.eplb import rebalance_experts
+from placement.packing.plan import (
     ExpertDevice,
     ExpertPlan,
     Holding,
     LayerExperts,
     slots_from_memory,
 )
-from placement.expert_search import LayerProblem, search_layer
-from placement.expert_spread import hottest_experts, on_two_nodes, spread_experts
-from placement.expert_starts import greedy_starts
-from placement.replica_weights import cut_bound_s, solve_weights
+from placement.packing.search import LayerProblem, search_layer
+from placement.packing.spread import hottest_experts, on_two_nodes, spread_experts
+from placement.packing.starts import greedy_starts
+from placement.packing.weights import cut_bound_s, solve_weights
 
 __all__ = [
     "ExpertDevice",

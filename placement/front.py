@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from placement.front_search import (
+from placement.cutting.bounds import Bounds, bounds_of
+from placement.cutting.pareto import (
     Chain,
     Cut,
     Question,
@@ -22,14 +23,13 @@ from placement.front_search import (
     front_of,
     search_front,
 )
-from placement.pricing import Ints, StagePrices
-from placement.stage_bounds import Bounds, bounds_of
-from placement.stage_plan import DeviceOrder, Span, StagesPlan, plan_of
-from placement.stage_search import TIE, Objective
-from placement.stage_subsets import Groups
+from placement.cutting.plan import Span, StagesPlan, plan_of
+from placement.cutting.pricing import Ints, StagePrices
+from placement.cutting.search import TIE
+from placement.cutting.subsets import Groups
 from placement.stages import prices_of, search_spans
 from placement.topology import Topology
-from placement.workload import ModelProfile, ServingWorkload
+from placement.workload import DeviceOrder, ModelProfile, Objective, ServingWorkload
 
 DevicesOf = Callable[[Sequence[int]], Sequence[int]]
 """Names the devices of a chain's positions."""
@@ -89,7 +89,7 @@ def plan_front(
 ) -> StageFront:
     """Return the plans that are not beaten in period, latency and energy per token at once.
 
-    O(labels x log labels) for each device and layer, see `placement.front_search`. The labels of
+    O(labels x log labels) for each device and layer, see `placement.cutting.pareto`. The labels of
     an exact front can grow with the number of cuts: where `most_labels` do not do, the search
     starts anew with an epsilon, which then shrinks as far as they allow. In free order all orders
     are searched while there are few (up to 7 different devices); beyond, the orders that are best

@@ -1,9 +1,9 @@
 """From one plan to the next: what moves, in which order, for how long, and is it worth it.
 
 The parts of the new plan are handed out among interchangeable devices so that the fewest bytes move
-(`placement.handout`), weights are copied in the background in an order that fits memory at every
-moment (`placement.moves`), and a device that releases a layer it ran hands over in a pause
-(`placement.cutover`).
+(`placement.moving.handout`), weights are copied in the background in an order that fits memory at
+every moment (`placement.moving.moves`), and a device that releases a layer it ran hands over in a
+pause (`placement.moving.cutover`).
 
 It is worth it when the seconds saved per step, times the steps until the load drifts again, exceed
 the pause and the part of the background copying that is not hidden.
@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from placement.costs import memory_cap_bytes
-from placement.cutover import KvState, with_pauses
-from placement.handout import (
+from placement.moving.cutover import KvState, with_pauses
+from placement.moving.handout import (
     Holdings,
     Pieces,
     Renaming,
@@ -31,7 +31,16 @@ from placement.handout import (
     interchangeable_groups,
     renamings,
 )
-from placement.moves import CopyTask, CopyTerms, Move, Piece, Release, Step, Wires, order_moves
+from placement.moving.moves import (
+    CopyTask,
+    CopyTerms,
+    Move,
+    Piece,
+    Release,
+    Step,
+    Wires,
+    order_moves,
+)
 from placement.stages import StagesPlan
 from placement.topology import Topology
 from placement.workload import ModelProfile

@@ -19,10 +19,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from placement.pool import Pool, micro_batch_ends_s
-from placement.schedules import BoundSchedule, Operation, operation_lists
-from placement.slot_prices import SlotPrices
-from placement.steady import SteadyState, alone_s, most_in_flight, slot_options, steady_state
+from placement.pooling.pool import Pool, micro_batch_ends_s
+from placement.pooling.schedules import BoundSchedule, Operation, operation_lists
+from placement.pooling.slot_prices import SlotPrices
+from placement.pooling.steady import (
+    SteadyState,
+    alone_s,
+    most_in_flight,
+    slot_options,
+    steady_state,
+)
 from placement.trace import Event
 from placement.training import SlotSchedule, TrainingCosts
 

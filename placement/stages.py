@@ -19,12 +19,9 @@ from typing import get_args
 
 import numpy as np
 
-from placement.errors import InfeasiblePlanError
-from placement.pricing import StagePrices
-from placement.stage_bounds import Bounds, bounds_of
-from placement.stage_order import best_order
-from placement.stage_plan import (
-    DeviceOrder,
+from placement.cutting.bounds import Bounds, bounds_of
+from placement.cutting.order import best_order
+from placement.cutting.plan import (
     Span,
     StagePlacement,
     StagesPlan,
@@ -32,14 +29,14 @@ from placement.stage_plan import (
     spans_of,
     split_verdict,
 )
-from placement.stage_reasons import over_cap, shortfall
-from placement.stage_search import Objective, best_counts, energy_costs
+from placement.cutting.pricing import StagePrices
+from placement.cutting.reasons import over_cap, shortfall
+from placement.cutting.search import best_counts, energy_costs
+from placement.errors import InfeasiblePlanError
 from placement.topology import Topology
-from placement.workload import ModelProfile, ServingWorkload
+from placement.workload import DeviceOrder, ModelProfile, Objective, ServingWorkload
 
 __all__ = [
-    "DeviceOrder",
-    "Objective",
     "StagePlacement",
     "StagesPlan",
     "best_single",
@@ -61,8 +58,8 @@ def plan_stages(
     """Cut the layers over the devices so that the objective is as small as it can be.
 
     In the order given exact: O(devices x (layers^2 + nodes x layers)) a sweep, see
-    `placement.stage_search`. In any order exact up to 12 devices (more where they are alike), a
-    local search beyond, see `placement.stage_order`; whatever order they come in, the plan is the
+    `placement.cutting.search`. In any order exact up to 12 devices (more where they are alike), a
+    local search beyond, see `placement.cutting.order`; whatever order they come in, the plan is the
     same. Ties (within a part in 10^9): the fewest devices, the least latency, then the
     lexicographically smallest counts, so equal inputs give equal plans.
 

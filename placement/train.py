@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from placement.errors import InfeasiblePlanError
+from placement.pooling.search import CutSimulator, Objective, best_cuts
+from placement.pooling.slot_prices import SlotPrices
+from placement.pooling.steady import SteadyState, alone_s, steady_state
 from placement.simulate import simulate_slots
-from placement.slot_prices import SlotPrices
-from placement.steady import SteadyState, alone_s, steady_state
-from placement.train_search import CutSimulator, Objective, best_cuts
 from placement.training import (
     Dispatch,
     RecomputeGrain,

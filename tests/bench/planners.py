@@ -41,9 +41,9 @@ from cluster.planning import declared_topology, dtype_bytes, serving_workload  #
 from placement.errors import InfeasiblePlanError  # noqa: E402
 from placement.experts import ExpertDevice, plan_experts  # noqa: E402
 from placement.front import plan_front  # noqa: E402
+from placement.pooling.steady import steady_state  # noqa: E402
 from placement.simulate import simulate_slots  # noqa: E402
 from placement.stages import StagesPlan, plan_stages  # noqa: E402
-from placement.steady import steady_state  # noqa: E402
 from placement.topology import Device, Topology  # noqa: E402
 from placement.train import plan_train  # noqa: E402
 from placement.training import SlotSchedule, slots_from_counts  # noqa: E402

@@ -9,7 +9,7 @@ from expert_vectors import EPLB_VECTORS, V1, EplbVector
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from placement.eplb import EplbPlacement, pack_balanced, rebalance_experts, replicate
+from placement.packing.eplb import EplbPlacement, pack_balanced, rebalance_experts, replicate
 
 
 def rebalance(vector: EplbVector) -> EplbPlacement:

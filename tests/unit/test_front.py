@@ -18,9 +18,9 @@ from stage_cases import (
 
 from placement.errors import InfeasiblePlanError
 from placement.front import StageFront, plan_front
-from placement.stages import DeviceOrder, Objective, plan_stages
+from placement.stages import plan_stages
 from placement.topology import Device, Topology
-from placement.workload import LayerCost, ModelProfile, ServingWorkload
+from placement.workload import DeviceOrder, LayerCost, ModelProfile, Objective, ServingWorkload
 
 Point = tuple[float, ...]
 

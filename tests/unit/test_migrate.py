@@ -11,11 +11,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from placement.costs import memory_cap_bytes
-from placement.cutover import KvState
 from placement.errors import InfeasiblePlanError
-from placement.handout import Holdings, renamed_holdings, renamed_stages
 from placement.migrate import MigrationPlan, Outlook, migrate_experts, migrate_stages
-from placement.moves import CopyTerms, Piece, Release, Step
+from placement.moving.cutover import KvState
+from placement.moving.handout import Holdings, renamed_holdings, renamed_stages
+from placement.moving.moves import CopyTerms, Piece, Release, Step
 from placement.stages import StagesPlan, plan_stages
 from placement.topology import Device, Link, LinkRate, Topology
 from placement.workload import LayerCost, ModelProfile, ServingWorkload

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from placement.replica_weights import ReplicaWeights, cut_bound_s, solve_weights
+from placement.packing.weights import ReplicaWeights, cut_bound_s, solve_weights
 
 Case = tuple[list[list[int]], list[float], list[float]]
 

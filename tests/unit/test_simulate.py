@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from published_profiles import GPT_OSS_20B, PROFILES, QWEN3_1_7B, QWEN3_235B, TIERS
 from published_profiles import PublishedProfile as Profile
 
-from placement.pool import Pool
-from placement.schedules import BoundSchedule, operation_lists, structural_bubble
+from placement.pooling.pool import Pool
+from placement.pooling.schedules import BoundSchedule, operation_lists, structural_bubble
+from placement.pooling.slot_prices import SlotPrices
+from placement.pooling.steady import slot_options
 from placement.simulate import Simulation, simulate_bound, simulate_slots, steady_state
-from placement.slot_prices import SlotPrices
-from placement.steady import slot_options
 from placement.trace import Event, chrome_trace
 from placement.training import (
     RecomputeGrain,

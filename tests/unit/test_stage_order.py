@@ -19,9 +19,9 @@ from stage_cases import (
 )
 
 from placement.errors import InfeasiblePlanError
-from placement.stages import DeviceOrder, Objective, StagesPlan, plan_stages
+from placement.stages import StagesPlan, plan_stages
 from placement.topology import Device, Link, LinkRate, Topology
-from placement.workload import LayerCost, ModelProfile, ServingWorkload
+from placement.workload import DeviceOrder, LayerCost, ModelProfile, Objective, ServingWorkload
 
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "energy")
 WORKLOAD = ServingWorkload(

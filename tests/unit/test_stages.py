@@ -20,18 +20,16 @@ from stage_cases import (
 )
 
 from placement.costs import stage_activation_bytes, stage_weight_bytes
+from placement.cutting.pricing import StagePrices
 from placement.errors import InfeasiblePlanError
-from placement.pricing import StagePrices
 from placement.stages import (
-    DeviceOrder,
-    Objective,
     StagesPlan,
     best_single,
     plan_stages,
     split_verdict,
 )
 from placement.topology import Device, Link, Topology
-from placement.workload import LayerCost, ModelProfile, ServingWorkload
+from placement.workload import DeviceOrder, LayerCost, ModelProfile, Objective, ServingWorkload
 
 OBJECTIVES: tuple[Objective, ...] = ("throughput", "latency", "energy")
 # Enough lanes that no step waits for the one before.

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from published_profiles import GPT_OSS_20B, PROFILES, QWEN3_1_7B, QWEN3_235B, TIERS
 from published_profiles import PublishedProfile as Profile
 
-from placement.cuts import all_cuts, even_counts, least_stages, neighbours
 from placement.errors import InfeasiblePlanError
+from placement.pooling.cuts import all_cuts, even_counts, least_stages, neighbours
+from placement.pooling.search import EXHAUSTIVE_LAYERS, FINE, CutSimulator, Objective
+from placement.pooling.slot_prices import SlotPrices
 from placement.simulate import simulate_slots, steady_state
-from placement.slot_prices import SlotPrices
 from placement.train import TrainPlan, plan_train
-from placement.train_search import EXHAUSTIVE_LAYERS, FINE, CutSimulator, Objective
 from placement.training import Slot, SlotSchedule, TrainingCosts, slots_from_counts
 
 QUICK = 20_000

@@ -5,16 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from placement.costs import stage_kv_bytes, stage_weight_bytes
-from placement.pricing import StagePrices
-from placement.stage_bounds import Bounds
-from placement.stage_reasons import left_out_reasons
-from placement.stage_search import TIE, Objective
+from placement.cutting.bounds import Bounds
+from placement.cutting.pricing import StagePrices
+from placement.cutting.reasons import left_out_reasons
+from placement.cutting.search import TIE
 from placement.topology import DeviceKind
-
-DeviceOrder = Literal["given", "free"]
+from placement.workload import DeviceOrder, Objective
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,12 +77,12 @@ class StagesPlan:
     """Above idling; None when the active power of some stage's device is not known."""
     lower_bound_s: float
     """No cut over these devices, in any order, has a bottleneck below this
-    (see `placement.stage_bounds.bottleneck_bound_s`)."""
+    (see `placement.cutting.bounds.bottleneck_bound_s`)."""
     objective_value: float
     """`period_s`, `latency_s` or `energy_j_per_token`."""
     objective_lower_bound: float
     """No cut over these devices, in any order, has an objective below this
-    (see `placement.stage_bounds.bounds_of`); the value itself after an exact search of all."""
+    (see `placement.cutting.bounds.bounds_of`); the value itself after an exact search of all."""
     is_exact: bool
     """No other cut is better; with `device_order="given"`, none in that order."""
     kv_tokens_capacity: int

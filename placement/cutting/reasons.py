@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from placement.costs import LEAST_HEADROOM_FRACTION, stage_kv_bytes, stage_weight_bytes
-from placement.pricing import Floats, StagePrices
+from placement.cutting.pricing import Floats, StagePrices
 
 _MOST_NAMED = 8
 

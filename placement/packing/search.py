@@ -1,6 +1,6 @@
 """Search for one layer's placement: where copies of experts go so that the slowest device is fast.
 
-Every placement tried gets its exact replica weights (`placement.replica_weights`), whose critical
+Every placement tried gets its exact replica weights (`placement.packing.weights`), whose critical
 devices say where the trouble is: only a change that takes rows off them can help. Two changes are
 tried: exchange a copy there for a lighter one (or for an empty slot) elsewhere, and copy one of
 their experts onto a slot elsewhere that is empty, or is emptied: its copy was one of several, or
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.replica_weights import solve_weights
+from placement.packing.weights import solve_weights
 
 MET = 1e-9
 """Gap to the bound that is rounding."""

@@ -20,14 +20,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.pricing import Floats, Ints, StagePrices
-
-Objective = Literal["throughput", "latency", "energy"]
+from placement.cutting.pricing import Floats, Ints, StagePrices
+from placement.workload import Objective
 
 TIE = 1e-9
 """Values this close, in proportion, count as equal."""

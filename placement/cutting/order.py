@@ -1,6 +1,6 @@
 """The order in which devices take their stages, where it is free.
 
-Exact over all orders up to 12 devices, more where devices are alike (`placement.stage_subsets`).
+Exact over all orders up to 12 devices, more where devices are alike (`placement.cutting.subsets`).
 Beyond that a local search, which says how far it is above a proven bound. Devices enter sorted by
 id, so the result does not depend on the order they came in.
 """
@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from placement.pricing import Floats, StagePrices
-from placement.stage_bounds import Bounds, most_layers
-from placement.stage_search import (
+from placement.cutting.bounds import Bounds, most_layers
+from placement.cutting.pricing import Floats, StagePrices
+from placement.cutting.search import (
     TIE,
     Costs,
-    Objective,
     UnderCap,
     energy_costs,
     latency_costs,
@@ -26,7 +25,8 @@ from placement.stage_search import (
     least_period_s,
     line_of,
 )
-from placement.stage_subsets import Groups, best_order_of_few
+from placement.cutting.subsets import Groups, best_order_of_few
+from placement.workload import Objective
 
 _MOST_TRIED = 48
 """Orders that the local search tries."""
@@ -45,7 +45,7 @@ def best_order(prices: StagePrices, objective: Objective, bounds: Bounds) -> Fou
     """Return an order of devices along which the best cut is the best over all orders, or nearly.
 
     Up to 12 different devices O(states x groups x (layers^2 + groups x layers)) a sweep, see
-    `placement.stage_subsets`; beyond, at most `_MOST_TRIED` sweeps along orders of at most
+    `placement.cutting.subsets`; beyond, at most `_MOST_TRIED` sweeps along orders of at most
     `_POOL` devices.
 
     Raises:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from placement.cuts import (
+from placement.pooling.cuts import (
     NUM_ORDERS,
     Cut,
     LayerWeights,
@@ -26,10 +26,10 @@ from placement.cuts import (
     shaped,
     similar_shapes,
 )
-from placement.pool import Pool, SlotOption
-from placement.slot_memory import SlotNeed, devices_of_slots, slot_need
-from placement.slot_prices import SlotPrices
-from placement.steady import measure
+from placement.pooling.pool import Pool, SlotOption
+from placement.pooling.slot_memory import SlotNeed, devices_of_slots, slot_need
+from placement.pooling.slot_prices import SlotPrices
+from placement.pooling.steady import measure
 from placement.training import Slot, SlotSchedule, TrainingCosts, slots_from_counts
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.pool import Pool, SlotOption
-from placement.slot_prices import SlotPrices
+from placement.pooling.pool import Pool, SlotOption
+from placement.pooling.slot_prices import SlotPrices
 from placement.training import SlotSchedule, TrainingCosts
 
 STEADY_VISITS = 8192

@@ -56,7 +56,7 @@ class LayerExperts:
     """[devices of the plan] predicted finish."""
     bottleneck_s: float
     lower_bound_s: float
-    """No placement has a bottleneck below this (see `placement.expert_bounds`)."""
+    """No placement has a bottleneck below this (see `placement.packing.bounds`)."""
     weights_bound_s: float
     """No shares over these holders have a bottleneck below this (see `critical_devices`)."""
     critical_devices: tuple[str, ...]

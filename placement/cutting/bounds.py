@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.pricing import Floats, StagePrices
+from placement.cutting.pricing import Floats, StagePrices
 
 _HALVINGS = 16
 

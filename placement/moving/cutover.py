@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from placement.costs import transfer_s
 from placement.errors import InfeasiblePlanError
-from placement.moves import CopyTask, CopyTerms, Piece, Step, Wires
+from placement.moving.moves import CopyTask, CopyTerms, Piece, Step, Wires
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

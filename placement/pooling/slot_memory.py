@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from placement.slot_prices import SlotPrices
+from placement.pooling.slot_prices import SlotPrices
 from placement.training import RecomputeGrain, Slot
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 
-from placement.eplb import replicate
-from placement.expert_search import MET, LayerProblem
+from placement.packing.eplb import replicate
+from placement.packing.search import MET, LayerProblem
 
 Piece = tuple[float, int]
 """(rows, expert): one copy with an equal part of its expert's rows."""

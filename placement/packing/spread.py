@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from placement.expert_search import Change, Copy, LayerState, Trials, descend
+from placement.packing.search import Change, Copy, LayerState, Trials, descend
 
 
 def hottest_experts(loads: Sequence[float], num_hottest: int) -> list[int]:

@@ -18,12 +18,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from placement.pricing import Floats, Ints, StagePrices
-from placement.stage_search import (
+from placement.cutting.pricing import Floats, Ints, StagePrices
+from placement.cutting.search import (
     TIE,
     UNCAPPED,
     Costs,
-    Objective,
     crossing_s,
     energy_costs,
     latency_costs,
@@ -31,6 +30,7 @@ from placement.stage_search import (
     reach_under,
     ties_of,
 )
+from placement.workload import Objective
 
 MOST_STATES = 4096
 """Twelve different devices."""

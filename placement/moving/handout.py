@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from scipy.optimize import linear_sum_assignment
 
-from placement.moves import Piece
+from placement.moving.moves import Piece
 from placement.stages import StagesPlan
 from placement.topology import Topology
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import TypeVar
 
-from placement.pool import SlotOption
+from placement.pooling.pool import SlotOption
 from placement.training import RecomputeGrain, Slot, TrainingCosts
 
 BOUNDARY_BUFFERS = 4

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from placement.pricing import Floats, Ints, StagePrices
+from placement.cutting.pricing import Floats, Ints, StagePrices
 
 _ROUNDING = 1e-11
 _FEW = 48

@@ -1,0 +1,1 @@
+"""Inside `placement.stages` and `placement.front`: prices, bounds and the searches over cuts."""

@@ -1,0 +1,1 @@
+"""Inside `placement.experts`: packings, their search, exact replica weights, bounds."""

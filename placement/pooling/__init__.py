@@ -1,0 +1,1 @@
+"""Inside `placement.train` and `placement.simulate`: a pool of devices and its slots."""
