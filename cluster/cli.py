@@ -165,7 +165,8 @@ def plan(
         Path | None, typer.Option(help="Draw the front to this file (.svg, .png or .pdf).")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(help="Write the schedule for ui.perfetto.dev to this file.")
+        Path | None,
+        typer.Option(help="Write the schedule (with --training: that one) for ui.perfetto.dev."),
     ] = None,
     profile_file: Annotated[
         Path | None,

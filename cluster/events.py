@@ -17,6 +17,8 @@ class Planned:
     """The devices are known and the layers are cut."""
 
     plan: StagesPlan
+    verdict: str
+    """Whether to split the model, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,5 +55,5 @@ def event_json(event: LaunchEvent) -> dict[str, Any]:
     """Return plain JSON values, the event's name under "event"."""
     name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
     if isinstance(event, Planned):
-        return {"event": name, "plan": event.plan.to_json()}
+        return {"event": name, "plan": event.plan.to_json(), "verdict": event.verdict}
     return {"event": name, **asdict(event)}

@@ -15,11 +15,16 @@ from cluster.planning import (
 from placement.decode import DecodePlan, plan_decode
 from placement.front import StageFront, plan_front
 from placement.shards import ShardsPlan, plan_shards
+from placement.simulate import simulate_slots
 from placement.stages import StagesPlan, split_verdict
 from placement.topology import Topology
+from placement.trace import Event
 from placement.train import TrainPlan, plan_train
+from placement.training import TrainingCosts
 from placement.training_costs import training_costs
 from placement.workload import ModelProfile, TrainingWorkload
+
+_TRACED_ROUNDS = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,7 +109,26 @@ def _shards(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> 
     )
 
 
-def training_forecast(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> TrainPlan:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingForecast:
+    """A training plan with the costs that it was made from."""
+
+    plan: TrainPlan
+    costs: TrainingCosts
+
+    def events(self) -> list[Event]:
+        """Return what every device does over a few rounds, from an empty pool on."""
+        schedule = self.plan.schedule(self.costs)
+        return list(simulate_slots(self.costs, schedule, rounds=_TRACED_ROUNDS).events)
+
+    def nodes(self) -> dict[str, str]:
+        """Return the node of every device."""
+        return dict(zip(self.costs.device_ids, self.costs.nodes, strict=True))
+
+
+def training_forecast(
+    config: MotleyConfig, profile: ModelProfile, topology: Topology
+) -> TrainingForecast:
     """Predict a round of fine-tuning over the devices as one pool.
 
     Raises:
@@ -124,6 +148,7 @@ def training_forecast(config: MotleyConfig, profile: ModelProfile, topology: Top
             ),
             headroom_fraction=config.plan.headroom_fraction,
         )
-        return plan_train(
+        plan = plan_train(
             costs, micro_batches=load.micro_batches, rounds_per_step=load.rounds_per_step
         )
+    return TrainingForecast(plan=plan, costs=costs)

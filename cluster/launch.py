@@ -30,10 +30,10 @@ from cluster.gateway.auth import new_token, read_token
 from cluster.gateway.server import serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
-from cluster.planning import dtype_bytes, make_plan
+from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
 from cluster.profile import LOCAL
 from cluster.ray_session import connect
-from placement.stages import StagesPlan
+from placement.stages import StagesPlan, split_verdict
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -108,7 +108,8 @@ async def deployment(
         width = dtype_bytes(config.engine, [device.kind for device in topology.devices])
         profile = checkpoint.profile(dtype_bytes=width)
         plan = make_plan(config, profile, topology)
-        on_event(Planned(plan))
+        alone = best_single_device_plan(config, profile, topology)
+        on_event(Planned(plan, split_verdict(plan, alone)))
         limits = lane_limits(config, checkpoint, plan)
         info = _model_info(config, checkpoint, limits, width)
         dispatcher = Dispatcher(info, plan, limits, silence_s=config.engine.step_timeout_s)

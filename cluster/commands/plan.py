@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cluster.commands.tables import (
     training_table,
 )
 from cluster.config import ConfigError, MotleyConfig
-from cluster.forecast import Forecast, forecast, training_forecast
+from cluster.forecast import Forecast, TrainingForecast, forecast, training_forecast
 from cluster.planning import declared_topology, dtype_bytes
 from cluster.profile import fingerprint, load_cached, measured_topology, read_profile
 from placement.serving_schedule import serving_events, track_nodes
@@ -51,11 +52,15 @@ def show_plan(config: MotleyConfig, output: Output, options: PlanOptions) -> Non
     predicted = forecast(config, profile, topology, shard_experts=options.shard_experts)
     if options.plot is not None:
         _plot(predicted, options.plot)
-    if options.trace is not None:
-        _write_trace(predicted.plan, config.plan.lanes, options.trace)
     value, shown = predicted.to_json(), _shown(predicted, config.plan.lanes)
+    trace: Callable[[], dict[str, Any]] = partial(_serving_trace, predicted.plan, config.plan.lanes)
     if options.training:
-        value |= _training(config, profile, topology, shown)
+        training = training_forecast(config, profile, topology)
+        value["training"] = training.plan.to_json()
+        shown += [training_table(training.plan), training_summary(training.plan)]
+        trace = partial(_training_trace, training)
+    if options.trace is not None:
+        options.trace.write_text(json.dumps(trace()), encoding="utf-8")
     output.result(value, *shown)
     for file in (options.plot, options.trace):
         if file is not None:
@@ -102,17 +107,6 @@ def _shown(predicted: Forecast, lanes: int) -> list[RenderableType]:
     return shown
 
 
-def _training(
-    config: MotleyConfig,
-    profile: ModelProfile,
-    topology: Topology,
-    shown: list[RenderableType],
-) -> dict[str, Any]:
-    plan = training_forecast(config, profile, topology)
-    shown += [training_table(plan), training_summary(plan)]
-    return {"training": plan.to_json()}
-
-
 def _plot(predicted: Forecast, path: Path) -> None:
     # Half a second to import, and few plans are drawn.
     from cluster.commands.front_plot import plot_front
@@ -123,6 +117,9 @@ def _plot(predicted: Forecast, path: Path) -> None:
         raise ConfigError(f"--plot {path}: {error}") from error
 
 
-def _write_trace(plan: StagesPlan, lanes: int, path: Path) -> None:
-    trace = chrome_trace(serving_events(plan, lanes=lanes), track_nodes(plan))
-    path.write_text(json.dumps(trace), encoding="utf-8")
+def _serving_trace(plan: StagesPlan, lanes: int) -> dict[str, Any]:
+    return chrome_trace(serving_events(plan, lanes=lanes), track_nodes(plan))
+
+
+def _training_trace(training: TrainingForecast) -> dict[str, Any]:
+    return chrome_trace(training.events(), training.nodes())

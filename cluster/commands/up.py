@@ -22,7 +22,6 @@ from cluster.runstate import (
     state_file,
     write_state,
 )
-from placement.stages import StagesPlan
 
 
 class AlreadyRunningError(RuntimeError):
@@ -65,7 +64,7 @@ class _Narrator:
     def __init__(self, output: Output, state: RunState) -> None:
         self._output = output
         self._state = state
-        self._plan: StagesPlan | None = None
+        self._planned: Planned | None = None
         self._tasks: dict[int, TaskID] = {}
         self._bars = Progress(
             TextColumn("{task.description}"),
@@ -95,7 +94,7 @@ class _Narrator:
     def _show(self, event: LaunchEvent) -> None:
         match event:
             case Planned():
-                self._plan = event.plan
+                self._planned = event
                 self._bars.start()
                 for stage in event.plan.stages:
                     title = Text(f"stage {stage.index} on {stage.device_id}").markup
@@ -105,8 +104,9 @@ class _Narrator:
                     self._bars.update(self._tasks[event.index], completed=event.loaded_fraction)
             case Ready():
                 self._bars.stop()
-                if self._plan is not None:
-                    self._output.note(plan_table(self._plan), plan_summary(self._plan))
+                if self._planned is not None:
+                    plan, verdict = self._planned.plan, Text(self._planned.verdict)
+                    self._output.note(plan_table(plan), plan_summary(plan), verdict)
                 self._output.note(self._how_to_reach(event))
             case Stopped():
                 self._bars.stop()

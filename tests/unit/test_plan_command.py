@@ -146,6 +146,15 @@ def test_training_is_planned_over_the_devices_as_a_pool_on_request() -> None:
     assert all(share.peak_bytes <= share.memory_bytes for share in training.devices)
 
 
+def test_with_training_the_trace_is_that_of_the_slots(home: Path) -> None:
+    trace = home / "trace.json"
+
+    plan(gallery("mixed-gpus"), "--training", "--trace", str(trace))
+
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {"forward", "fused", "backward"} == {e["cat"] for e in events if e["ph"] == "X"}
+
+
 @pytest.mark.parametrize(
     ("changes", "code", "message"),
     [

@@ -71,7 +71,7 @@ def test_the_state_follows_the_launch_and_ends_with_it(plan: StagesPlan) -> None
 
     def launcher(config: MotleyConfig, report: Report) -> None:
         seen.append(saved())
-        report(Planned(plan))
+        report(Planned(plan, "split: because"))
         report(READY)
         seen.append(saved())
         report(Stopped("signal"))
@@ -95,7 +95,7 @@ def test_a_failed_launch_leaves_no_state() -> None:
 
 def test_json_is_one_event_a_line(plan: StagesPlan, capsys: pytest.CaptureFixture[str]) -> None:
     events: list[LaunchEvent] = [
-        Planned(plan),
+        Planned(plan, "split: because"),
         StageProgress(1, "middle", 0.5),
         READY,
         Stopped("signal"),
@@ -118,7 +118,7 @@ def test_people_see_the_plan_and_the_addresses_but_no_token_in_a_log(
 ) -> None:
     def launcher(config: MotleyConfig, report: Report) -> None:
         for event in (
-            Planned(plan),
+            Planned(plan, "split: because"),
             StageProgress(0, "big", 1.0),
             StageProgress(9, "unknown", 1.0),
             READY,
@@ -132,6 +132,7 @@ def test_people_see_the_plan_and_the_addresses_but_no_token_in_a_log(
     assert out == ""
     assert "http://127.0.0.1:8000/v1" in err
     assert "slowest stage" in err
+    assert "split: because" in err
     assert "stopped: signal" in err
     assert "secret-token" not in err
 
