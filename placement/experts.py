@@ -48,7 +48,7 @@ __all__ = [
 ExpertMode = Literal["motley", "eplb"]
 ExpertObjective = Literal["rows", "activated"]
 
-MIN_TRIALS, MAX_TRIALS = 100, 1000
+MIN_TRIALS, MAX_TRIALS = 64, 1000
 TRIALS_TIMES_COPIES = 100_000
 """A trial costs about as much as experts x devices grow, so this keeps a layer's time level: tens
 of milliseconds from 8 experts on 4 devices to 256 on 32."""

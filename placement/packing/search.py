@@ -67,11 +67,12 @@ class LayerState:
             for finish_s, speed in zip(self.weights.finish_s, problem.speeds, strict=True)
         )
         """Least when all devices finish together: tells placements of one bottleneck apart."""
-        self.holders = [self._needed(expert, held) for expert, held in enumerate(holders)]
+        self.holders = [
+            held if len(held) == 1 else self._needed(expert, held)
+            for expert, held in enumerate(holders)
+        ]
 
-    def _needed(self, expert: int, held: Sequence[int]) -> list[int]:
-        if len(held) == 1:
-            return list(held)
+    def _needed(self, expert: int, held: Sequence[int]) -> Sequence[int]:
         rows, least = self.weights.rows[expert], NEGLIGIBLE_SHARE * self.problem.loads[expert]
         needed = sorted(d for d in held if rows[d] > least or (expert, d) in self.pinned)
         return needed or [min(held)]
@@ -94,7 +95,7 @@ class LayerState:
     def changed(self, change: Change) -> LayerState:
         return LayerState(self.problem, self.holders_after(change), self.pinned)
 
-    def holders_after(self, change: Change) -> list[list[int]]:
+    def holders_after(self, change: Change) -> list[Sequence[int]]:
         holders = list(self.holders)
         for expert, device in change.drops:
             holders[expert] = [held for held in holders[expert] if held != device]
