@@ -210,6 +210,11 @@ def read_configuration(model: str) -> dict[str, Any]:
     return _read_config(locate(model, weights=False))
 
 
+def has_weights(model: str) -> bool:
+    """Return whether a checkpoint's weights, or their index, are in a folder here."""
+    return any(Path(model).expanduser().glob("*.safetensors*"))
+
+
 def planning_profile(
     model: str, *, dtype_bytes: int, allow_unverified: bool = False
 ) -> ModelProfile:
@@ -220,8 +225,7 @@ def planning_profile(
     Raises:
         CheckpointError: Not found, unreadable, incomplete, or not servable.
     """
-    path = Path(model).expanduser()
-    if any(path.glob("*.safetensors*")):
+    if has_weights(model):
         checkpoint = Checkpoint.open(model, allow_unverified=allow_unverified)
         return checkpoint.profile(dtype_bytes=dtype_bytes)
     path = locate(model, weights=False)

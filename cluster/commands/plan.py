@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import RenderableType
 from rich.text import Text
 
-from actors.engine.checkpoint import planning_profile, read_configuration
+from actors.engine.checkpoint import has_weights, planning_profile, read_configuration
 from cluster.commands.output import Output
 from cluster.commands.tables import (
     front_table,
@@ -62,6 +62,8 @@ def show_plan(config: MotleyConfig, output: Output, options: PlanOptions) -> Non
     if options.trace is not None:
         options.trace.write_text(json.dumps(trace()), encoding="utf-8")
     output.result(value, *shown)
+    if not has_weights(config.model):
+        output.note(Text(f"planned from config.json alone: no weights in {config.model}"))
     for file in (options.plot, options.trace):
         if file is not None:
             output.note(Text(f"wrote {file}"))
