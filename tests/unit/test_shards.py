@@ -139,3 +139,15 @@ def test_a_plan_survives_json() -> None:
 
     assert ShardsPlan.from_json(plan.to_json()) == plan
     assert layer_step_s(device("a"), without_experts(model()).layers[0], 4, 4) > 0
+
+
+def test_the_order_of_the_devices_does_not_change_the_plan() -> None:
+    speeds = {"a": 1e3, "b": 4e3, "c": 2e3, "d": 4e3}
+    devices = tuple(device(name, flops_per_s=speed) for name, speed in speeds.items())
+
+    plans = [
+        plan_shards(model(), Topology(devices=order), workload=WORKLOAD)
+        for order in (devices, devices[::-1], devices[2:] + devices[:2])
+    ]
+
+    assert plans[0] == plans[1] == plans[2]
