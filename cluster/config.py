@@ -33,6 +33,9 @@ EMBEDDED_CONFIG = Path(__file__).resolve().parent.parent / "deploy" / "configs" 
 DEVICE_FIGURES = ("flops_per_s", "memory_bytes_per_s", "memory_bytes")
 
 
+_MOST_LATENCY_S = 3600.0
+
+
 class ConfigError(ValueError):
     """The settings cannot be used; the message names the file, the key and what would do."""
 
@@ -78,14 +81,14 @@ class LinkSpec(_Settings):
     source_node: str = Field(min_length=1)
     target_node: str = Field(min_length=1)
     bandwidth_bytes_per_s: BytesPerS
-    latency_s: float = Field(DEFAULT_LINK_LATENCY_S, ge=0, allow_inf_nan=False)
+    latency_s: float = Field(DEFAULT_LINK_LATENCY_S, ge=0, le=_MOST_LATENCY_S, allow_inf_nan=False)
 
 
 class DefaultLinkSpec(_Settings):
     """What any two nodes can send each other where `links` says nothing."""
 
     bandwidth_bytes_per_s: BytesPerS = DEFAULT_LINK_BYTES_PER_S
-    latency_s: float = Field(DEFAULT_LINK_LATENCY_S, ge=0, allow_inf_nan=False)
+    latency_s: float = Field(DEFAULT_LINK_LATENCY_S, ge=0, le=_MOST_LATENCY_S, allow_inf_nan=False)
 
 
 class PlanSettings(_Settings):
@@ -257,7 +260,14 @@ def _validate(tree: Mapping[str, Any], source: str) -> MotleyConfig:
     try:
         return MotleyConfig.model_validate(tree)
     except ValidationError as error:
-        lines = [f"{source}: {_explain(details)}" for details in error.errors()]
+        errors = error.errors()
+        # A list whose only entry is wrong is called empty too; the entry's own error says it all.
+        deeper = {details["loc"][:1] for details in errors if len(details["loc"]) > 1}
+        lines = [
+            f"{source}: {_explain(details)}"
+            for details in errors
+            if details["type"] != "too_short" or details["loc"] not in deeper
+        ]
         raise ConfigError("\n".join(lines)) from None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from cluster.planning import (
     settings_errors,
 )
 from placement.decode import DecodePlan, plan_decode
+from placement.errors import InfeasiblePlanError
 from placement.front import StageFront, plan_front
 from placement.shards import ShardsPlan, plan_shards
 from placement.simulate import simulate_slots
@@ -105,7 +108,8 @@ def _shards(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> 
         workload=serving_workload(config),
         headroom_fraction=config.plan.headroom_fraction,
         objective=config.plan.objective,
-        device_order=config.plan.device_order,
+        layer_counts=config.plan.layer_counts,
+        device_order="given" if config.plan.layer_counts else config.plan.device_order,
     )
 
 
@@ -136,7 +140,7 @@ def training_forecast(
         InfeasiblePlanError: A layer fits no device, or two nodes cannot reach each other.
     """
     load = config.training
-    with settings_errors():
+    with settings_errors(), _of_training():
         costs = training_costs(
             profile,
             topology,
@@ -152,3 +156,12 @@ def training_forecast(
             costs, micro_batches=load.micro_batches, rounds_per_step=load.rounds_per_step
         )
     return TrainingForecast(plan=plan, costs=costs)
+
+
+@contextmanager
+def _of_training() -> Iterator[None]:
+    """Say that it is training which cannot be planned; serving may well be."""
+    try:
+        yield
+    except InfeasiblePlanError as error:
+        raise InfeasiblePlanError(f"training: {error}") from error

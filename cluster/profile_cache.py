@@ -84,7 +84,7 @@ def _read(path: Path, parse: Callable[[object, str], T]) -> T:
     except (OSError, UnicodeDecodeError) as error:
         wanted = "name a file that `motley profile --output` wrote"
         raise ConfigError(f"{path}: cannot be read ({error}); {wanted}") from None
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: is damaged, no JSON ({error}); {advice}") from None
     try:
         return parse(value, str(path))

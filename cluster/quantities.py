@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 
 _DECIMAL = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15}
 _BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -24,7 +25,8 @@ _QUANTITY = re.compile(r"^\s*([0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([A-Z
 
 def parse_bytes(value: object) -> int:
     """Return a whole number of bytes from a number or from text such as "64 MiB" or "2 GB"."""
-    return round(_parse(value, _BYTES, 'an amount of memory; write bytes, "64 MiB" or "2 GB"'))
+    expected = 'an amount of memory; write bytes, "64 MiB" or "2 GB"'
+    return round(_parse(value, _BYTES, expected))
 
 
 def parse_bytes_per_s(value: object) -> float:
@@ -47,12 +49,16 @@ def format_bytes(num_bytes: float) -> str:
 
 def _parse(value: object, units: dict[str, int] | dict[str, float], expected: str) -> float:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        number = float(value)
+        number = float(value) if abs(value) <= sys.float_info.max else math.inf
     else:
         match = _QUANTITY.match(value) if isinstance(value, str) else None
         if match is None or (match.group(2) and match.group(2) not in units):
             raise ValueError(f"{value!r} is not {expected}")
         number = float(match.group(1)) * units.get(match.group(2), 1)
     if not (math.isfinite(number) and number > 0):
-        raise ValueError(f"{value!r} must be above 0 and finite; it should be {expected}")
+        told = repr(value) if number <= 0 else "the number"
+        raise ValueError(f"{told} must be above 0 and finite; it should be {expected}")
+    # Less than one byte or FLOP (a second) is a slip, and would overflow the seconds of a plan.
+    if number < 1:
+        raise ValueError(f"{value!r} must be at least 1; it should be {expected}")
     return number

@@ -8,6 +8,7 @@ Values only; who measures and where they are kept is not known here.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -122,6 +123,9 @@ class DeviceProfile:
         names = [table.name for table in self.layers]
         if len(set(names)) < len(names):
             raise ValueError(f"layers: {', '.join(names)} name one table twice")
+        indices = [index for table in self.layers for index in table.layers]
+        if len(set(indices)) < len(indices):
+            raise ValueError("layers: one layer is in two tables; keep one of them")
         self.to_device(None)
 
     @property
@@ -207,6 +211,10 @@ class Profile:
         ids = [device.id for device in self.devices]
         if len(set(ids)) < len(ids):
             raise ValueError(f"devices: two of {', '.join(ids)} have one id")
+        ends = [(link.source_node, link.target_node) for link in self.links]
+        for source, target in ends:
+            if ends.count((source, target)) > 1:
+                raise ValueError(f"links: two lead from {source} to {target}; keep one")
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -227,7 +235,7 @@ class Profile:
         """
         with _complaining(source):
             tree = _mapping(value, "the profile")
-            if tree.get("format") != PROFILE_FORMAT:
+            if tree.get("format") != PROFILE_FORMAT or tree["format"] is True:
                 raise ValueError(f"format ({tree.get('format')!r}) must be {PROFILE_FORMAT}")
             tree = {name: part for name, part in tree.items() if name != "format"}
             tree["devices"] = _each(tree.get("devices"), "devices", device_from_json)
@@ -324,6 +332,9 @@ def _check_type(value: object, annotation: str) -> None:
 def _check_number(value: object, *, is_whole: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{value!r} is not a number")
+    # A whole number may be too large for a float, and then for every formula.
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        raise ValueError("a whole number larger than any float must be finite")
     if not math.isfinite(value):
         raise ValueError(f"{value} must be finite")
     if is_whole and not isinstance(value, int):

@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placement.costs import (
+    ACTIVATION_ROWS,
     expert_read_s,
     expert_row_s,
     expert_weight_bytes,
+    layer_seconds,
     memory_cap_bytes,
     transfer_s,
 )
@@ -31,8 +33,9 @@ from placement.experts import (
     ExpertPlan,
     plan_experts,
 )
+from placement.measured import MeasuredLayer
 from placement.stages import StagesPlan, plan_stages
-from placement.topology import Topology
+from placement.topology import Device, Topology
 from placement.workload import DeviceOrder, LayerCost, ModelProfile, Objective, ServingWorkload
 
 
@@ -84,6 +87,7 @@ def plan_shards(
     headroom_fraction: float = 0.1,
     objective: Objective = "throughput",
     device_order: DeviceOrder = "free",
+    layer_counts: Sequence[int] | None = None,
     expert_load: NDArray[np.float64] | None = None,
 ) -> ShardsPlan:
     """Cut the dense part into stages, then spread the experts over the memory that is left.
@@ -100,14 +104,19 @@ def plan_shards(
     kind = profile.layers[layers[0]]
     stages = plan_stages(
         without_experts(profile),
-        topology,
+        replace(topology, devices=tuple(_measured_without_experts(d) for d in topology.devices)),
         workload=workload,
         headroom_fraction=headroom_fraction,
         objective=objective,
         device_order=device_order,
+        layer_counts=layer_counts,
     )
     rows = _rows(kind, len(layers), workload.sequences_per_lane, expert_load)
-    devices = _expert_devices(topology, stages, kind, len(layers), headroom_fraction)
+    # What arrives at a shard and what its experts make of it.
+    activation_bytes = ACTIVATION_ROWS * profile.hidden_bytes_per_token * workload.step_tokens
+    devices = _expert_devices(
+        topology, stages, kind, len(layers), workload, activation_bytes, headroom_fraction
+    )
     experts = plan_experts(
         rows,
         devices,
@@ -121,20 +130,52 @@ def plan_shards(
 def without_experts(profile: ModelProfile) -> ModelProfile:
     """Return the model as its stages see it when the routed experts live elsewhere."""
 
-    def dense(layer: LayerCost) -> LayerCost:
-        if not layer.routed_bytes:
-            return layer
-        per_row = layer.flops_per_token * _routed_share(layer)
-        return replace(
-            layer,
-            flops_per_token=layer.flops_per_token - per_row,
-            weight_bytes=layer.weight_bytes - layer.routed_bytes,
-            routed_bytes=0,
-            num_experts=0,
-            experts_per_token=0,
-        )
+    return replace(profile, layers=tuple(_dense(layer) for layer in profile.layers))
 
-    return replace(profile, layers=tuple(dense(layer) for layer in profile.layers))
+
+def _dense(layer: LayerCost) -> LayerCost:
+    if not layer.routed_bytes:
+        return layer
+    per_row = layer.flops_per_token * _routed_share(layer)
+    return replace(
+        layer,
+        flops_per_token=layer.flops_per_token - per_row,
+        weight_bytes=layer.weight_bytes - layer.routed_bytes,
+        routed_bytes=0,
+        num_experts=0,
+        experts_per_token=0,
+    )
+
+
+def _measured_without_experts(device: Device) -> Device:
+    """Carry what was measured of layers with experts over to their dense part.
+
+    Measured over predicted seconds of the whole layer is taken to hold for both of its parts.
+    """
+    bare = replace(device, measured_layers=())
+    measured = []
+    for each in device.measured_layers:
+        whole, dense = layer_seconds(bare, each.layer), layer_seconds(bare, _dense(each.layer))
+        samples = tuple(
+            replace(
+                sample,
+                forward_s=sample.forward_s
+                * dense.step_s(sample.tokens, sample.context_tokens, sample.pairs)
+                / whole.step_s(sample.tokens, sample.context_tokens, sample.pairs),
+            )
+            for sample in each.samples
+        )
+        measured.append(MeasuredLayer(layer=_dense(each.layer), samples=samples))
+    return replace(bare, measured_layers=tuple(measured))
+
+
+def _slowdown(device: Device, layer: LayerCost, workload: ServingWorkload) -> float:
+    """Return a layer's seconds as measured over those of peak rate and bandwidth alone."""
+    rows, context_tokens = workload.sequences_per_lane, workload.context_tokens
+    peak = replace(device, measured_layers=(), matmul_rates=())
+    return layer_seconds(device, layer).step_s(rows, context_tokens) / layer_seconds(
+        peak, layer
+    ).step_s(rows, context_tokens)
 
 
 def _routed_share(layer: LayerCost) -> float:
@@ -174,6 +215,8 @@ def _expert_devices(
     stages: StagesPlan,
     kind: LayerCost,
     num_layers: int,
+    workload: ServingWorkload,
+    activation_bytes: int,
     headroom_fraction: float,
 ) -> list[ExpertDevice]:
     held = {stage.device_id: stage.need_bytes for stage in stages.stages}
@@ -190,15 +233,17 @@ def _expert_devices(
     devices = []
     for device in topology.devices:
         free_bytes = memory_cap_bytes(device.memory_bytes, headroom_fraction)
-        free_bytes -= held.get(device.id, 0)
-        slots = free_bytes // (expert_bytes * num_layers) if device.node in reachable else 0
+        free_bytes -= held.get(device.id, activation_bytes)
+        can_hold = device.node in reachable and free_bytes > 0
+        slots = free_bytes // (expert_bytes * num_layers) if can_hold else 0
+        slowdown = _slowdown(device, kind, workload)
         devices.append(
             ExpertDevice(
                 id=device.id,
                 node=device.node,
-                rows_per_s=1.0 / expert_row_s(device, kind),
+                rows_per_s=1.0 / (expert_row_s(device, kind) * slowdown),
                 slots_per_layer=slots,
-                expert_read_s=expert_read_s(device, kind),
+                expert_read_s=expert_read_s(device, kind) * slowdown,
             )
         )
     return devices

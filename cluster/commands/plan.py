@@ -50,8 +50,6 @@ def show_plan(config: MotleyConfig, output: Output, options: PlanOptions) -> Non
     """Write the plan of a configuration whose devices are declared or were measured."""
     profile, topology = _known(config, options.profile)
     predicted = forecast(config, profile, topology, shard_experts=options.shard_experts)
-    if options.plot is not None:
-        _plot(predicted, options.plot)
     value, shown = predicted.to_json(), _shown(predicted, config.plan.lanes)
     trace: Callable[[], dict[str, Any]] = partial(_serving_trace, predicted.plan, config.plan.lanes)
     if options.training:
@@ -59,6 +57,8 @@ def show_plan(config: MotleyConfig, output: Output, options: PlanOptions) -> Non
         value["training"] = training.plan.to_json()
         shown += [training_table(training.plan), training_summary(training.plan)]
         trace = partial(_training_trace, training)
+    if options.plot is not None:
+        _plot(predicted, options.plot)
     if options.trace is not None:
         options.trace.write_text(json.dumps(trace()), encoding="utf-8")
     output.result(value, *shown)
@@ -91,7 +91,9 @@ def _known(config: MotleyConfig, file: Path | None) -> tuple[ModelProfile, Topol
     if measured is None:
         # Says which figures are missing.
         return model(["cpu"]), declared_topology(config)
-    profile = model([device.kind for device in measured.devices])
+    # What is planned over decides the width of a weight, not what else the file describes.
+    planned = measured.devices if specs is None else specs
+    profile = model([device.kind for device in planned])
     return profile, measured_topology(measured, config, profile)
 
 

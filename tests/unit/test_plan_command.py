@@ -10,7 +10,9 @@ from xml.etree import ElementTree
 import pytest
 from typer.testing import CliRunner, Result
 
+from actors.engine.checkpoint import read_configuration
 from cluster.cli import app
+from cluster.profile import fingerprint
 from placement.front import StageFront
 from placement.shards import ShardsPlan
 from placement.stages import StagesPlan
@@ -202,3 +204,81 @@ def test_a_model_without_weights_is_planned_but_not_served(home: Path) -> None:
 
     assert result.exit_code == 1
     assert "no *.safetensors" in result.stderr
+
+
+def profile_of(
+    home: Path, *devices: dict[str, Any], links: list[dict[str, Any]] | None = None
+) -> Path:
+    model = str(TOPOLOGIES.parent / "models" / "qwen3-1.7b")
+    path = home / "profile.json"
+    value = {
+        "format": 1,
+        "checkpoint": "qwen3-1.7b",
+        "fingerprint": fingerprint(read_configuration(model)),
+        "devices": list(devices),
+        "links": links or [],
+    }
+    path.write_text(json.dumps(value), encoding="utf-8")
+    return path
+
+
+CARD = {
+    "id": "g", "node": "a", "kind": "cuda", "source": "measured", "dtype": "bfloat16",
+    "flops_per_s": 1e13, "memory_bytes_per_s": 1e11, "memory_bytes": 24 * 2**30,
+}  # fmt: skip
+CPU = CARD | {"id": "c", "kind": "cpu", "dtype": "float32", "threads": 1}
+
+
+def test_the_planned_devices_and_not_the_profiled_ones_decide_the_width_of_a_weight(
+    home: Path,
+) -> None:
+    only_card = "[{id: g, node: a, kind: cuda}]"
+    mixed = only_card[:-1] + (
+        ", {id: c, node: a, kind: cpu, flops_per_s: 1e12, memory_bytes_per_s: 1e11,"
+        " memory_bytes: 64 GiB}]"
+    )
+
+    def weights(devices: str, *profiled: dict[str, Any]) -> int:
+        file = profile_of(home, *profiled)
+        value = plan_json(topology(home, devices=devices), "--profile", str(file))
+        return sum(stage["weight_bytes"] for stage in value["plan"]["stages"])
+
+    assert weights(only_card, CARD) == weights(only_card, CARD, CPU)
+    assert weights(mixed, CARD) == weights(mixed, CARD, CPU) > 1.9 * weights(only_card, CARD)
+
+
+def test_a_damaged_profile_is_refused_by_name_and_not_by_a_traceback(home: Path) -> None:
+    link = {
+        "source_node": "a", "target_node": "a", "source": "measured", "rtt_s": 1e-4,
+        "bandwidth_bytes_per_s": 1e9,
+    }  # fmt: skip
+    path = topology(home, devices="[{id: g, node: a, kind: cuda}]")
+    result = plan(path, "--profile", str(profile_of(home, CARD, links=[link, link])))
+    assert result.exit_code == 2
+    assert "two lead from a to a" in result.stderr
+    result = plan(path, "--profile", str(profile_of(home, CARD | {"flops_per_s": 10**400})))
+    assert result.exit_code == 2
+    assert "must be finite" in result.stderr
+    deep = home / "deep.json"
+    deep.write_text("[" * 200_000, encoding="utf-8")
+    result = plan(path, "--profile", str(deep))
+    assert result.exit_code == 2
+    assert "deep.json: is damaged" in result.stderr
+
+
+def test_a_pool_that_cannot_be_trained_says_that_training_is_what_fails(home: Path) -> None:
+    apart = topology(home, default_link="null")
+
+    assert plan(apart).exit_code == 0
+    result = plan(apart, "--training", "--plot", str(home / "front.svg"))
+
+    assert result.exit_code == 3
+    assert "training: no link leads from a to b" in result.stderr
+    assert not (home / "front.svg").exists()
+
+
+def test_one_wrong_device_is_one_error(home: Path) -> None:
+    result = plan(topology(home, devices="[{id: a, kind: cpu, flops_per_s: .nan}]"))
+
+    assert result.exit_code == 2
+    assert "at least 1 item" not in result.stderr

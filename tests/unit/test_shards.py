@@ -7,6 +7,7 @@ import pytest
 
 from placement.costs import expert_read_s, expert_row_s, layer_step_s
 from placement.errors import InfeasiblePlanError
+from placement.measured import LayerSample, MeasuredLayer
 from placement.shards import ShardsPlan, plan_shards, without_experts
 from placement.topology import Device, LinkRate, Topology
 from placement.workload import LayerCost, ModelProfile, ServingWorkload
@@ -151,3 +152,36 @@ def test_the_order_of_the_devices_does_not_change_the_plan() -> None:
     ]
 
     assert plans[0] == plans[1] == plans[2]
+
+
+def test_what_was_measured_of_a_layer_slows_its_experts_and_its_dense_part_alike() -> None:
+    plain = device("a")
+    whole_s = layer_step_s(plain, SPARSE, 4, 4)
+    sample = LayerSample(tokens=4, context_tokens=4, forward_s=7 * whole_s)
+    slow = device("a", measured_layers=(MeasuredLayer(layer=SPARSE, samples=(sample,)),))
+
+    fast_plan, slow_plan = (
+        plan_shards(model(), Topology(devices=(each,)), workload=WORKLOAD) for each in (plain, slow)
+    )
+
+    assert slow_plan.experts.bottleneck_s == pytest.approx(7 * fast_plan.experts.bottleneck_s)
+    assert slow_plan.stages.latency_s == pytest.approx(7 * fast_plan.stages.latency_s, rel=1e-3)
+
+
+def test_a_forced_cut_holds_for_the_dense_part_too() -> None:
+    topology = Topology(devices=(device("a"), device("b", flops_per_s=9e3)))
+
+    plan = plan_shards(
+        model(), topology, workload=WORKLOAD, layer_counts=[1, 1], device_order="given"
+    )
+
+    assert [stage.device_id for stage in plan.stages.stages] == ["a", "b"]
+
+
+def test_a_shard_without_a_stage_keeps_room_for_the_rows_it_gets() -> None:
+    # Room for two experts of each layer if nothing else were held: 220 bytes at the cap.
+    tight = device("b", memory_bytes=250)
+
+    plan = plan_shards(model(), Topology(devices=(device("a"), tight)), workload=WORKLOAD)
+
+    assert plan.experts.device_ids == ("a",)
