@@ -21,6 +21,7 @@ from pydantic_core import ErrorDetails
 from actors.engine.config import EngineConfig
 from cluster.gateway.settings import GatewaySettings
 from cluster.quantities import parse_bytes, parse_bytes_per_s, parse_flops_per_s
+from cluster.training.settings import TrainingSettings
 from placement.costs import LEAST_HEADROOM_FRACTION
 from placement.topology import DEFAULT_LINK_BYTES_PER_S, DEFAULT_LINK_LATENCY_S, DeviceKind
 from placement.workload import DeviceOrder, Objective
@@ -112,20 +113,6 @@ class PlanSettings(_Settings):
     """Force the cut: one layer count per device, 0 leaves it out."""
 
 
-class TrainingPlanSettings(_Settings):
-    """The load that `motley plan --training` plans for."""
-
-    micro_batches: int = Field(8, ge=1)
-    """Of one round; at least as many as devices keeps an equal pool busy."""
-    sequences_per_micro_batch: int = Field(1, ge=1)
-    sequence_tokens: int = Field(2048, ge=1)
-    rounds_per_step: int = Field(4, ge=1)
-    """Rounds that accumulate gradients for one optimizer step; several leave unequal devices less
-    idle, since a step's gradients may be one step old and no older."""
-    trained_fraction: float = Field(1.0, ge=0, le=1)
-    """Share of the weights that has gradients: 1 for full fine-tuning, little for adapters."""
-
-
 class RaySettings(_Settings):
     """The Ray cluster to join, or the one to start here."""
 
@@ -153,7 +140,7 @@ class MotleyConfig(_Settings):
     default_link: DefaultLinkSpec | None = DefaultLinkSpec()
     """Between nodes that no link joins: gigabit Ethernet. null: they cannot reach each other."""
     plan: PlanSettings = PlanSettings()
-    training: TrainingPlanSettings = TrainingPlanSettings()
+    training: TrainingSettings = TrainingSettings()
     gateway: GatewaySettings = GatewaySettings()
     ray: RaySettings = RaySettings()
 
