@@ -54,6 +54,7 @@ class DecodeWorker:
         self._first_stage: wire.Outbox | None = None
         self._loop = ServingLoop("lane", self._take_turn)
         self._reported_s = 0.0
+        self._adapter_switch_s = 0.0
 
     def ready(self) -> wire.Address:
         return self._inbox.address
@@ -83,6 +84,7 @@ class DecodeWorker:
         now_s = time.monotonic()
         self._publish(self._core.expire(now_s))
         self._publish(self._overdue(now_s))
+        self._switch_adapter()
         step = self._core.next_step(now_s)
         if step is not None and self._first_stage is not None:
             self._first_stage.send([wire.STEP, step.batch.encode(), _NO_SECONDS])
@@ -114,9 +116,19 @@ class DecodeWorker:
                 return self._core.fail_step(value[0], value[1])
             if kind == wire.FAIL:
                 return self._core.fail_all(value)
+            if kind == wire.ADAPTER:
+                self._core.ask_for_adapter(int(value))
+                return []
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             _log.warning("lane %d dropped a %r message: %r", self._spec.index, kind, error)
         return []
+
+    def _switch_adapter(self) -> None:
+        """Take up a new adapter when no step is in flight, and say so at once."""
+        began_s = time.monotonic()
+        if self._core.switch_adapter():
+            self._adapter_switch_s = time.monotonic() - began_s
+            self._report()
 
     def _overdue(self, now_s: float) -> list[RequestOutput]:
         limit_s = self._spec.step_timeout_s
@@ -134,7 +146,12 @@ class DecodeWorker:
 
     def _report(self) -> None:
         sent = self._first_stage.bytes_sent if self._first_stage is not None else 0
-        values = {"lane": self._spec.index, "link_bytes": sent, **asdict(self._core.counters())}
+        values = {
+            "lane": self._spec.index,
+            "link_bytes": sent,
+            "adapter_switch_s": self._adapter_switch_s,
+            **asdict(self._core.counters()),
+        }
         self._gateway.send([wire.REPORT, msgpack.packb(values)])
 
 

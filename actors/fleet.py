@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
 from actors.decode import DecodeActor, LaneSpec
+from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.config import EngineConfig
 from actors.stage import StageActor, StageSpec
@@ -91,6 +93,22 @@ class Fleet:
             except RayError as error:
                 return f"{name} is lost: {_first_line(error)}"
         return None
+
+    def load_adapter(self, version: int, adapter: Adapter, *, keep: int, timeout_s: float) -> None:
+        """Make a version of an adapter ready on every stage; nothing uses it yet.
+
+        Of the versions before it every stage keeps `keep`, the one in use.
+
+        Raises:
+            FleetError: A stage could not take it, died, or did not answer in time.
+        """
+        try:
+            message = ray.put(np.frombuffer(adapter.encode(), np.uint8))
+        except RayError as error:
+            raise FleetError(f"Ray cannot hold the adapter: {_first_line(error)}") from error
+        calls = [stage.load_adapter.remote(version, message, keep) for stage in self.stages]
+        late = f"had not loaded the adapter within {timeout_s:g} s; raise ray.start_timeout_s"
+        _wait("stage", calls, time.monotonic() + timeout_s, late)
 
     def stop(self) -> None:
         """Stop every actor: politely first, then for certain."""
@@ -199,17 +217,19 @@ def _gather(kind: str, actors: Sequence[Any], method: str, deadline_s: float) ->
     return _wait(kind, [getattr(actor, method).remote() for actor in actors], deadline_s)
 
 
-def _wait(kind: str, references: Sequence[Any], deadline_s: float) -> list[Any]:
+_NOT_READY = "was not ready in time; raise ray.start_timeout_s, or see `motley doctor`"
+
+
+def _wait(
+    kind: str, references: Sequence[Any], deadline_s: float, late: str = _NOT_READY
+) -> list[Any]:
     """Return the results; the first failure is raised at once, naming its actor."""
     pending = {reference: index for index, reference in enumerate(references)}
     while pending:
         left_s = max(0.0, deadline_s - time.monotonic())
         done, _ = ray.wait(list(pending), num_returns=1, timeout=left_s)
         if not done:
-            raise FleetError(
-                f"{kind} {min(pending.values())} was not ready in time; raise ray.start_timeout_s, "
-                "or see `motley doctor`"
-            )
+            raise FleetError(f"{kind} {min(pending.values())} {late}")
         for reference in done:
             index = pending.pop(reference)
             try:

@@ -12,10 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgpack
+import numpy as np
 import ray
 import torch
 
 from actors import wire
+from actors.engine.adapter import Adapter
 from actors.engine.batch import StepBatch, StepResult
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.config import EngineConfig
@@ -96,6 +98,16 @@ class StageWorker:
             self._next = wire.Outbox(next_stage, self._keys)
         self._lanes = {index: wire.Outbox(address, self._keys) for index, address in lanes.items()}
         self._loop.start()
+
+    def load_adapter(self, version: int, message: np.ndarray, keep: int) -> None:
+        """Make an adapter ready beside the steps; of those before it only `keep` stays.
+
+        `message` is `Adapter.encode`'s bytes, which Ray maps without copying.
+
+        Raises:
+            AdapterError: It does not fit this stage's layers.
+        """
+        self._slice.adapters.load(version, Adapter.decode(message.data), keep=keep)
 
     def watch(self) -> None:
         """Block while the stage serves; the caller learns of its death by this call's error."""

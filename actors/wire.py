@@ -33,6 +33,7 @@ OUTPUTS = b"outputs"
 REPORT = b"report"
 REFUSED = b"refused"
 FAIL = b"fail"
+ADAPTER = b"adapter"
 
 MAX_PART_BYTES = 256 * 2**20
 """A receiver cuts off who sends a larger part, before it is allocated."""

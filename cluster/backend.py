@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from actors.engine.adapter import Adapter
 from actors.engine.requests import Request, RequestOutput
 
 
@@ -26,6 +27,14 @@ class Unavailable(RuntimeError):
 
 class Overloaded(Unavailable):
     """Every lane's queue is full."""
+
+
+class PublishInProgress(RuntimeError):
+    """Adapters are published one at a time, and one is on its way."""
+
+
+class PublishFailed(RuntimeError):
+    """An adapter could not be put to use; the one before it serves on."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +86,28 @@ class LaneStatus:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class AdapterStatus:
+    """The adapter that requests are answered with."""
+
+    name: str | None = None
+    """None: none, the base model answers."""
+    version: int = 0
+    """Counts publications, failed ones too; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """An adapter that came into use."""
+
+    name: str | None
+    version: int
+    seconds: float
+    """From taking it to every lane using it."""
+    pause_s: float
+    """The longest that a lane spent on the switch instead of stepping."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentStatus:
     """A snapshot of everything."""
 
@@ -90,6 +121,7 @@ class DeploymentStatus:
     lanes: tuple[LaneStatus, ...] = ()
     link_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes sent over each link, keyed "from->to" with device (or lane) names."""
+    adapter: AdapterStatus = AdapterStatus()
 
 
 class Backend(Protocol):
@@ -114,4 +146,19 @@ class Backend(Protocol):
 
     async def abort(self, request_id: str) -> bool:
         """End a request in flight; its stream closes with finish_reason "abort". False: unknown."""
+        ...
+
+    def adapter(self) -> AdapterStatus:
+        """The adapter in use."""
+        ...
+
+    async def publish(self, adapter: Adapter | None) -> Published:
+        """Put an adapter to use in all lanes, each between two of its steps; None: use none.
+
+        Raises:
+            AdapterError: It does not fit the model. Nothing has changed.
+            PublishInProgress: Another is being published.
+            PublishFailed: A stage or lane did not take it. The one before is in use.
+            Unavailable: The deployment is not ready.
+        """
         ...

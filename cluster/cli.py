@@ -32,6 +32,7 @@ from placement.workload import Objective
 
 if TYPE_CHECKING:
     from cluster.client import GenerateOptions
+    from cluster.commands.status import HttpTarget
     from cluster.commands.talk import GrpcTarget
 
 app = typer.Typer(
@@ -145,13 +146,9 @@ def status(
     """Show stages, lanes and links of a running deployment."""
     output = Output(as_json=as_json)
     with _reporting(output):
-        from cluster.commands.status import HttpTarget, show_status
+        from cluster.commands.status import show_status
 
-        if url is None:
-            state = _ready_state(name)
-            url, token = state.http_url, token or state.token
-            tls_cert = tls_cert or _path(state.tls_cert_file)
-        show_status(HttpTarget(url=url, token=token or "", tls_cert_file=tls_cert), output)
+        show_status(_http_target(name, url, token, tls_cert), output)
 
 
 @app.command()
@@ -244,6 +241,75 @@ def profile(
             timeout_s=timeout_s,
         )
         show_profile(settings, options, output_file, output)
+
+
+@app.command()
+def train(
+    config: ConfigOption = None,
+    model: ModelOption = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Optimizer steps in all; default: training.steps.")
+    ] = None,
+    output_folder: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The run's folder; default: training.output."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the folder's latest checkpoint.")
+    ] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write what devices did lately, for ui.perfetto.dev.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Fine-tune the checkpoint over all devices as a pool; Ctrl-C or SIGTERM saves and stops."""
+    output = Output(as_json=as_json)
+    is_done = False
+    with _reporting(output):
+        from cluster.commands.train import TrainOptions, training_config
+        from cluster.commands.train import train as train_with
+
+        options = TrainOptions(steps=steps, output=output_folder, resume=resume, trace=trace)
+        settings = training_config(config, model, options)
+        # Ray and torch take seconds to import; settings that cannot work are refused before.
+        from cluster.training.run import run
+        from cluster.training.tensorboard import scalars_in
+
+        is_done = train_with(settings, options, output, run, scalars_in)
+    # Outside, because typer's own exit counts as an expected failure there.
+    if not is_done:
+        raise typer.Exit(ExitCode.INTERRUPTED)
+
+
+@app.command()
+def publish(
+    adapter: Annotated[
+        Path | None, typer.Argument(help="The folder of a PEFT LoRA adapter.")
+    ] = None,
+    remove: Annotated[
+        bool, typer.Option("--remove", help="Use no adapter: go back to the base model.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, help="Seconds until every stage must have it.")
+    ] = 300.0,
+    name: NameOption = None,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Swap an adapter into a running deployment between two steps; no request fails."""
+    output = Output(as_json=as_json)
+    with _reporting(output):
+        from cluster.commands import publish as command
+
+        if (adapter is None) is not remove:
+            raise ConfigError("name an adapter's folder, or --remove; one of the two")
+        target = _http_target(name, url, token, tls_cert)
+        if adapter is None:
+            command.remove(target, output, timeout_s=timeout_s)
+        else:
+            command.publish(target, adapter, output, timeout_s=timeout_s)
 
 
 @app.command()
@@ -350,6 +416,19 @@ def _ready_state(name: str | None) -> RunState:
     if not state.is_ready:
         raise NotReadyError(f"{state.name} (process {state.pid}) is still starting; try again")
     return state
+
+
+def _http_target(
+    name: str | None, url: str | None, token: str | None, tls_cert: Path | None
+) -> HttpTarget:
+    """Return what the flags and the environment say, and the run-state file for the rest."""
+    from cluster.commands.status import HttpTarget
+
+    if url is None:
+        state = _ready_state(name)
+        url, token = state.http_url, token or state.token
+        tls_cert = tls_cert or _path(state.tls_cert_file)
+    return HttpTarget(url=url, token=token or "", tls_cert_file=tls_cert)
 
 
 def _grpc_target(

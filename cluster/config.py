@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from actors.engine.adapter import CONFIG_FILE, AdapterError, is_adapter_folder, read_config
 from actors.engine.config import EngineConfig
 from cluster.gateway.settings import GatewaySettings
 from cluster.quantities import parse_bytes, parse_bytes_per_s, parse_flops_per_s
@@ -130,9 +131,13 @@ class MotleyConfig(_Settings):
 
     model: str = Field(min_length=1)
     """A checkpoint folder or a hub id. A relative folder is looked up in the working directory,
-    then beside the configuration file."""
+    then beside the configuration file. The folder of a PEFT adapter stands for its base model with
+    that adapter."""
+    adapter: str | None = Field(None, min_length=1)
+    """The folder of a PEFT adapter that requests are answered with, until another is published."""
     name: str | None = Field(None, min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._-]+$")
-    """What clients call the model and the command line the deployment; None: the folder's name."""
+    """What clients call the model and the command line the deployment; None: the name of the
+    adapter's folder, or the model's."""
     engine: EngineConfig = EngineConfig()
     devices: tuple[DeviceSpec, ...] | None = Field(None, min_length=1)
     """None: every node's devices, measured."""
@@ -146,8 +151,8 @@ class MotleyConfig(_Settings):
 
     @property
     def served_name(self) -> str:
-        """The deployment's name: `name`, or the last part of the model."""
-        return self.name or Path(self.model).name
+        """The deployment's name: `name`, or the last part of the adapter or the model."""
+        return self.name or Path(self.adapter or self.model).name
 
     @model_validator(mode="after")
     def _devices_are_told_apart(self) -> Self:
@@ -205,8 +210,8 @@ def load_config(path: Path | str) -> MotleyConfig:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, not keys; start with `model: ...`")
     config = _validate(tree, str(path))
-    model = _resolve_model(config.model, path.resolve().parent, str(path))
-    return config.model_copy(update={"model": model})
+    served = _resolve_served(config.model, config.adapter, path.resolve().parent, str(path))
+    return config.model_copy(update=served)
 
 
 def default_config() -> MotleyConfig:
@@ -216,7 +221,7 @@ def default_config() -> MotleyConfig:
 
 def discovering_config(model: str) -> MotleyConfig:
     """Return the settings for serving `model` on whatever devices `motley up` finds."""
-    tree = {"model": _resolve_model(model, Path.cwd(), "--model")}
+    tree = _resolve_served(model, None, Path.cwd(), "--model")
     return _validate(tree, "--model")
 
 
@@ -232,7 +237,7 @@ def with_overrides(
     """Return the settings with the command line's flags laid over, validated again."""
     tree = config.model_dump()
     if model is not None:
-        tree["model"] = _resolve_model(model, Path.cwd(), "--model")
+        tree |= _resolve_served(model, None, Path.cwd(), "--model")
     if name is not None:
         tree["name"] = name
     if objective is not None:
@@ -293,6 +298,40 @@ def _models_in(annotation: Any) -> set[type[BaseModel]]:
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is not None:
         return {m for part in typing.get_args(annotation) for m in _models_in(part)}
     return set()
+
+
+def _resolve_served(
+    model: str, adapter: str | None, folder: Path, source: str
+) -> dict[str, str | None]:
+    """Return where the base model and its adapter are; a `model` may be an adapter's folder."""
+    found = _resolve_model(model, folder, source)
+    if not is_adapter_folder(Path(found)):
+        if adapter is not None:
+            adapter = _resolve_model(adapter, folder, f"{source}: adapter")
+            if not is_adapter_folder(Path(adapter)):
+                raise ConfigError(f"{source}: adapter: {adapter} is no PEFT adapter's folder")
+        return {"model": found, "adapter": adapter}
+    if adapter is not None:
+        raise ConfigError(
+            f"{source}: model {found} is an adapter's folder, and adapter is set too; keep one"
+        )
+    return {"model": _base_of(Path(found)), "adapter": found}
+
+
+def _base_of(adapter: Path) -> str:
+    """Return the base model that an adapter's folder names."""
+    source = f"{adapter / CONFIG_FILE}: base_model_name_or_path"
+    knob = "; or give the base as `model` and this folder as `adapter` in a YAML file"
+    try:
+        base = read_config(adapter).get("base_model_name_or_path")
+        if not isinstance(base, str) or not base:
+            raise ConfigError(f"{source} ({base!r}) names no base model")
+        found = _resolve_model(base, adapter, source)
+    except (ConfigError, AdapterError) as error:
+        raise ConfigError(f"{error}{knob}") from None
+    if is_adapter_folder(Path(found)):
+        raise ConfigError(f"{source}: {found} is itself an adapter; name a whole model{knob}")
+    return found
 
 
 def _resolve_model(model: str, folder: Path, source: str) -> str:

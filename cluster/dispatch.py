@@ -18,16 +18,21 @@ import msgpack
 import zmq
 
 from actors import wire
+from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.requests import Request, RequestError, RequestOutput
 from cluster.backend import (
+    AdapterStatus,
     DeploymentStatus,
     LaneStatus,
     ModelInfo,
     Overloaded,
+    Published,
+    PublishFailed,
     StageStatus,
     Unavailable,
 )
+from cluster.publishing import AdapterHost, Publisher
 from placement.stages import StagesPlan
 
 _log = logging.getLogger(__name__)
@@ -35,6 +40,7 @@ _POLL_S = 0.5
 _LOADING_RETRY_S = 2.0
 _LOST_RETRY_S = 30.0
 _LOST_SILENCE_S = 2.0
+_SWITCH_GRACE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -75,6 +81,8 @@ class Dispatcher:
         self._next_lane_id = 0
         self._stage_reports: dict[int, Mapping[str, Any]] = {}
         self._lane_reports: dict[int, Mapping[str, Any]] = {}
+        self._lane_reported = asyncio.Event()
+        self._publisher: Publisher | None = None
         self._heard_s: dict[int, float] = {}
         self._unavailable: Unavailable | None = Unavailable("stages are loading", _LOADING_RETRY_S)
 
@@ -85,15 +93,27 @@ class Dispatcher:
         self._reader.start()
         return self._inbox.address
 
-    def connect(self, lanes: Sequence[wire.Address]) -> None:
-        """Open for requests: every stage and lane is ready and connected."""
+    async def connect(
+        self, lanes: Sequence[wire.Address], host: AdapterHost, adapter: Adapter | None = None
+    ) -> None:
+        """Open for requests, with an adapter in use from the first one on.
+
+        Every stage and lane is ready and connected; until this returns nothing is taken.
+
+        Raises:
+            AdapterError, PublishFailed: The adapter cannot be used.
+        """
         self._lanes = [wire.Outbox(address, self.keys) for address in lanes]
+        self._publisher = Publisher(host, self._switch)
+        if adapter is not None:
+            await self._publisher.publish(adapter)
         self._unavailable = None
 
     def fail(self, reason: str) -> None:
         """A stage or lane is lost: end what is in flight and take nothing more."""
         self._unavailable = Unavailable(reason, _LOST_RETRY_S)
         self.lost.set()
+        self._lane_reported.set()
         for request_id, stream in self._streams.items():
             error = RequestOutput(id=request_id, finish_reason="error", error=reason)
             stream.outputs.put_nowait(error)
@@ -119,6 +139,16 @@ class Dispatcher:
 
     def plan_json(self) -> dict[str, object]:
         return self._plan.to_json()
+
+    def adapter(self) -> AdapterStatus:
+        return AdapterStatus() if self._publisher is None else self._publisher.current
+
+    async def publish(self, adapter: Adapter | None) -> Published:
+        """Put an adapter to use; see `Backend.publish`."""
+        if self._unavailable is not None:
+            raise self._refusal(self._unavailable)
+        assert self._publisher is not None, "connect() makes it available"
+        return await self._publisher.publish(adapter)
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Stream a request's outputs; see `Backend.generate`."""
@@ -162,6 +192,7 @@ class Dispatcher:
             stages=stages,
             lanes=tuple(self._lane_status(i) for i in sorted(self._lane_reports)),
             link_bytes=self._link_bytes(),
+            adapter=self.adapter(),
         )
 
     def lane_reports(self) -> dict[int, Mapping[str, Any]]:
@@ -213,6 +244,42 @@ class Dispatcher:
     def _abort(self, stream: _Stream) -> None:
         self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(stream.lane_id)])
 
+    async def _switch(self, version: int) -> float:
+        """Make every lane use a version of an adapter, or, when one does not, none of them.
+
+        What is sent to a lane after this has begun runs with the new version. Returns the longest
+        time that a lane spent on it, in seconds.
+        """
+        limit_s = self._silence_s + _SWITCH_GRACE_S
+        try:
+            self._tell_lanes(version)
+            async with asyncio.timeout(limit_s):
+                while lagging := self._lanes_without(version):
+                    self._lane_reported.clear()
+                    await self._lane_reported.wait()
+        except TimeoutError:
+            before = self.adapter().version
+            self._tell_lanes(before)
+            raise PublishFailed(
+                f"lanes {lagging} did not switch within {limit_s:g} s; version {before} is in use "
+                "again. Raise engine.step_timeout_s if a step takes longer"
+            ) from None
+        return max(float(report["adapter_switch_s"]) for report in self._lane_reports.values())
+
+    def _tell_lanes(self, version: int) -> None:
+        try:
+            for lane in self._lanes:
+                lane.send([wire.ADAPTER, msgpack.packb(version)])
+        except wire.WireError as error:
+            raise PublishFailed(str(error)) from error
+
+    def _lanes_without(self, version: int) -> list[int]:
+        """The lanes that do not say yet that they use a version; raises when none ever will."""
+        if self.lost.is_set():
+            raise PublishFailed(f"the deployment is lost: {self._unavailable}")
+        used = {i: report["adapter_version"] for i, report in self._lane_reports.items()}
+        return [i for i in range(len(self._lanes)) if used.get(i) != version]
+
     @staticmethod
     def _refusal(why: Unavailable) -> Unavailable:
         """An exception of its own for each request: a raised one collects tracebacks."""
@@ -253,6 +320,7 @@ class Dispatcher:
                     self.serving.set()
             else:
                 self._lane_reports[value["lane"]] = value
+                self._lane_reported.set()
 
     def _stage_status(self, index: int) -> StageStatus:
         placed = self._plan.stages[index]

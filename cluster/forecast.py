@@ -153,7 +153,10 @@ def training_forecast(
             headroom_fraction=config.plan.headroom_fraction,
         )
         plan = plan_train(
-            costs, micro_batches=load.micro_batches, rounds_per_step=load.rounds_per_step
+            costs,
+            micro_batches=load.micro_batches,
+            rounds_per_step=load.rounds_per_step,
+            synchronous=not load.optimizer.asynchronous,
         )
     return TrainingForecast(plan=plan, costs=costs)
 

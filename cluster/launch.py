@@ -19,10 +19,12 @@ from pathlib import Path
 
 import ray
 
+from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.checkpoint import Checkpoint, CheckpointError
+from actors.engine.lora import check_fits
 from actors.fleet import Fleet, FleetError, FleetSpec, deploy
-from cluster.backend import ModelInfo
+from cluster.backend import ModelInfo, PublishFailed
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
@@ -67,7 +69,8 @@ def run(config: MotleyConfig, on_event: OnEvent) -> None:
     """Serve until SIGINT or SIGTERM; returns when everything is gone.
 
     Raises:
-        ConfigError, CheckpointError, InfeasiblePlanError, FleetError: It could not start.
+        ConfigError, CheckpointError, AdapterError, InfeasiblePlanError, FleetError,
+            PublishFailed: It could not start.
     """
     asyncio.run(_run(config, on_event))
 
@@ -100,6 +103,7 @@ async def deployment(
     async with AsyncExitStack() as stack:
         # Headers only, so a bad checkpoint is refused before Ray starts.
         checkpoint = await asyncio.to_thread(_open, config)
+        adapter = await asyncio.to_thread(_open_adapter, config, checkpoint)
         loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, checkpoint))
         stack.callback(loading.cancel)
         await stack.enter_async_context(_ray(config))
@@ -136,7 +140,8 @@ async def deployment(
         )
         fleet = await _deploy(spec, config.ray.start_timeout_s, dispatcher, on_event)
         await fleets.enter_async_context(_watched(fleet, dispatcher))
-        dispatcher.connect(fleet.lane_addresses)
+        host = _FleetAdapters(checkpoint, fleet, config.ray.start_timeout_s)
+        await dispatcher.connect(fleet.lane_addresses, host, adapter)
         await _until_serving(dispatcher)
         on_event(Ready(gateway.http_url, gateway.grpc_target, token, time.monotonic() - started_s))
         yield Deployment(
@@ -228,6 +233,34 @@ def _open(config: MotleyConfig) -> Checkpoint:
     return Checkpoint.open(
         config.model, allow_unverified=config.engine.allow_unverified_architectures
     )
+
+
+def _open_adapter(config: MotleyConfig, checkpoint: Checkpoint) -> Adapter | None:
+    """Return the adapter to begin with, known to fit."""
+    if config.adapter is None:
+        return None
+    adapter = Adapter.read(config.adapter)
+    check_fits(adapter, checkpoint)
+    return adapter
+
+
+@dataclass(frozen=True, slots=True)
+class _FleetAdapters:
+    """The stages of a fleet as holders of adapters; see `AdapterHost`."""
+
+    checkpoint: Checkpoint
+    fleet: Fleet
+    timeout_s: float
+
+    def check(self, adapter: Adapter) -> None:
+        adapter.check_values()
+        check_fits(adapter, self.checkpoint)
+
+    def load(self, version: int, adapter: Adapter, *, keep: int) -> None:
+        try:
+            self.fleet.load_adapter(version, adapter, keep=keep, timeout_s=self.timeout_s)
+        except FleetError as error:
+            raise PublishFailed(f"{error}; version {keep} is still in use") from error
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:

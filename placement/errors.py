@@ -7,3 +7,7 @@ class PlacementError(Exception):
 
 class InfeasiblePlanError(PlacementError):
     """No plan satisfies the caps; the message states the shortfall and the knob."""
+
+
+class NoDeviceError(PlacementError):
+    """No device that is available now may run a slot; the message says what to do."""

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 SlotKind = Literal["forward", "fused", "backward"]
-RecomputeGrain = Literal["none", "stage", "layer"]
+RecomputeGrain = Literal["none", "stage", "layer", "keep"]
 """What a slot repeats before its backward passes: nothing (forward and fused slots), the whole
-stage at once, or one layer at a time, which keeps one layer's activations instead of all."""
+stage at once, or one layer at a time, which keeps one layer's activations instead of all. "keep":
+nothing either, because a forward slot of the same layers kept its activations on this device."""
 Dispatch = Literal["earliest_finish", "round_robin"]
 """Which device a slot goes to: the one that is predicted to finish the slot's whole round first
 (ties to the lowest index), or slot i, counted over all rounds, to device i mod D."""
@@ -184,6 +185,27 @@ class TrainingCosts:
             memory_bytes=rows(self.memory_bytes),
         )
 
+    def slowed(self, factors: Mapping[str, float]) -> TrainingCosts:
+        """Return the costs with the seconds of some devices, by id, times a factor each."""
+        by_device = [factors.get(device_id, 1.0) for device_id in self.device_ids]
+
+        def rows(values: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
+            return tuple(
+                tuple(factor * seconds for seconds in row)
+                for factor, row in zip(by_device, values, strict=True)
+            )
+
+        [head_forward_s] = zip(*rows([[seconds] for seconds in self.head_forward_s]), strict=True)
+        [head_backward_s] = zip(*rows([[seconds] for seconds in self.head_backward_s]), strict=True)
+        return replace(
+            self,
+            forward_s=rows(self.forward_s),
+            recompute_s=rows(self.recompute_s),
+            backward_s=rows(self.backward_s),
+            head_forward_s=head_forward_s,
+            head_backward_s=head_backward_s,
+        )
+
     def _check_devices(self) -> None:
         if not self.device_ids:
             raise ValueError("the pool has 0 devices; give at least 1")
@@ -321,3 +343,38 @@ class SlotSchedule:
         for index, devices in enumerate(self.devices or ()):
             if not devices:
                 raise ValueError(f"slot {index} may run on 0 devices; give at least 1")
+        self._check_kept()
+
+    @property
+    def kept_with(self) -> tuple[int | None, ...]:
+        """Per slot, the slot that runs on the same device in the same round because activations
+        stay there: of a backward slot of grain "keep" the forward slot of its layers, and back."""
+        forward = {
+            (slot.first_layer, slot.end_layer): index
+            for index, slot in enumerate(self.slots)
+            if slot.kind == "forward"
+        }
+        partners: list[int | None] = [None] * len(self.slots)
+        for index, (slot, grain) in enumerate(zip(self.slots, self.grain_list, strict=True)):
+            if grain == "keep":
+                source = forward[slot.first_layer, slot.end_layer]
+                partners[source], partners[index] = index, source
+        return tuple(partners)
+
+    def _check_kept(self) -> None:
+        ranges = [
+            (slot.first_layer, slot.end_layer) for slot in self.slots if slot.kind == "forward"
+        ]
+        for index, (slot, grain) in enumerate(zip(self.slots, self.grain_list, strict=True)):
+            if grain != "keep":
+                continue
+            if slot.kind != "backward" or (slot.first_layer, slot.end_layer) not in ranges:
+                raise ValueError(
+                    f"slot {index} ({slot.kind}, layers [{slot.first_layer}, {slot.end_layer})) "
+                    f"keeps activations, yet no forward slot has just these layers"
+                )
+            if self.dispatch == "round_robin":
+                raise ValueError(
+                    f"slot {index} keeps activations on the device of its forward slot; "
+                    f"round_robin may send it elsewhere, so use earliest_finish"
+                )

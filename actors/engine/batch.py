@@ -68,6 +68,8 @@ class StepBatch:
     prompt_logprobs: list[tuple[int, int]] = field(default_factory=list)
     targets: list[list[int]] = field(default_factory=list)
     """For each scored prompt, the token that follows each of its rows (one short at the end)."""
+    adapter_version: int = 0
+    """What every stage runs the step with; 0: the base model."""
 
     @property
     def num_tokens(self) -> int:
@@ -87,7 +89,7 @@ class StepBatch:
         data: bytes = msgpack.packb(
             [
                 self.lane, self.step, self.epoch, self.tokens, self.rows, self.copies,
-                self.drawn, self.draws, self.prompt_logprobs, self.targets,
+                self.drawn, self.draws, self.prompt_logprobs, self.targets, self.adapter_version,
             ]
         )  # fmt: skip
         return data
@@ -97,11 +99,12 @@ class StepBatch:
         """Decode a step; raises ValueError when it is malformed."""
         try:
             fields = msgpack.unpackb(data)
-            lane, step, epoch, tokens, rows, copies, drawn, draws, scored, targets = fields
+            lane, step, epoch, tokens, rows, copies, drawn, draws, scored, targets, version = fields
             batch = cls(
                 lane, step, epoch, tokens,
                 [Rows(*entry) for entry in rows], [(s, d) for s, d in copies],
                 drawn, [Draw(*entry) for entry in draws], [(i, k) for i, k in scored], targets,
+                version,
             )  # fmt: skip
             is_whole = sum(entry.length for entry in batch.rows) == len(tokens)
         except (TypeError, ValueError, msgpack.exceptions.UnpackException) as error:

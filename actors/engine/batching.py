@@ -107,6 +107,7 @@ class Scheduler:
         )
         self.num_preemptions = 0
         self.prefix_hit_tokens = 0
+        self.adapter_version = 0
         self._lane = lane
         self._epoch = epoch
         self._next_step = 0
@@ -126,6 +127,16 @@ class Scheduler:
     @property
     def is_idle(self) -> bool:
         return not self._running and not self._waiting
+
+    def use_adapter(self, version: int) -> None:
+        """Run the next steps with another adapter, those of requests under way included.
+
+        What runs keeps its KV, which the old weights made, as their tokens so far are; what is
+        admitted from now on shares none of it. A sequence that is preempted later is recomputed
+        with the new weights.
+        """
+        self.adapter_version = version
+        self.pool.forget_contents(sequence.table for sequence in self._running)
 
     def requests(self) -> list[str]:
         return list(self._by_request)
@@ -352,6 +363,7 @@ class Scheduler:
         batch = StepBatch(
             self._lane, self._next_step, self._epoch, tokens, rows, copies, drawn,
             [self._draw_spec(sequence) for sequence in drawing], scored, targets,
+            self.adapter_version,
         )  # fmt: skip
         self._next_step += 1
         return Step(batch, sequences, drawing)

@@ -10,6 +10,7 @@ Shapes: T tokens, K experts a token, S = T * K routed rows, H hidden, I intermed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,26 +30,65 @@ def motley_experts(
     num_tokens, top_k = top_k_index_TK.shape
     expert_S, order_S = top_k_index_TK.reshape(-1).sort(stable=True)
     counts = torch.bincount(expert_S, minlength=module.num_experts).tolist()
-    rows_SH = hidden_TH[order_S // top_k]
-    out_SH = torch.empty_like(rows_SH)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            end = start + count
-            out_SH[start:end] = _expert(module, expert, rows_SH[start:end])
-            start = end
+    if torch.is_grad_enabled():
+        out_SH = _differentiable(module, hidden_TH, order_S, counts)
+    else:
+        out_SH = _inferred(module, hidden_TH[order_S // top_k], counts)
     routed = torch.empty_like(out_SH)
     routed[order_S] = out_SH
     weighted = routed.view(num_tokens, top_k, -1) * top_k_weights_TK[..., None]
     return weighted.sum(dim=1).to(hidden_TH.dtype)
 
 
-def _expert(module: Any, expert: int, rows: torch.Tensor) -> torch.Tensor:
-    gate_up_bias = module.gate_up_proj_bias[expert] if module.has_bias else None
-    down_bias = module.down_proj_bias[expert] if module.has_bias else None
-    hidden = _linear(rows, module.gate_up_proj[expert], gate_up_bias, module.is_transposed)
-    gated = module._apply_gate(hidden)
-    return _linear(gated, module.down_proj[expert], down_bias, module.is_transposed)
+def _inferred(module: Any, rows_SH: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    """Run the experts that have rows, which are sorted by expert."""
+    out_SH = torch.empty_like(rows_SH)
+    weights_E = _weights(module)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            end = start + count
+            weights = [None if of_all is None else of_all[expert] for of_all in weights_E]
+            out_SH[start:end] = _expert(module, weights, rows_SH[start:end])
+            start = end
+    return out_SH
+
+
+def _differentiable(
+    module: Any, hidden_TH: torch.Tensor, order_S: torch.Tensor, counts: list[int]
+) -> torch.Tensor:
+    """Do the same with operations whose gradients are cheap.
+
+    The gradient of picking one expert is as large as all of them, that of taking them apart is
+    not; the gradient of scattering distinct rows is a plain gather.
+    """
+    num_tokens, width = hidden_TH.shape
+    top_k = order_S.numel() // num_tokens
+    place_S = torch.empty_like(order_S)
+    place_S[order_S] = torch.arange(order_S.numel(), device=order_S.device)
+    rows_SH = hidden_TH.new_empty(order_S.numel(), width)
+    rows_SH[place_S] = hidden_TH[:, None].expand(-1, top_k, -1).reshape(-1, width)
+    apart = [
+        [None] * len(counts) if of_all is None else of_all.unbind() for of_all in _weights(module)
+    ]
+    outs = [
+        _expert(module, weights, rows)
+        for *weights, rows, count in zip(*apart, torch.split(rows_SH, counts), counts, strict=True)
+        if count
+    ]
+    return torch.cat(outs)
+
+
+def _weights(module: Any) -> tuple[torch.Tensor | None, ...]:
+    """The gate-up matrices, the down matrices, and the biases of both; each over experts."""
+    biases = (module.gate_up_proj_bias, module.down_proj_bias) if module.has_bias else (None, None)
+    return module.gate_up_proj, module.down_proj, *biases
+
+
+def _expert(module: Any, weights: Sequence[Any], rows: torch.Tensor) -> torch.Tensor:
+    gate_up, down, gate_up_bias, down_bias = weights
+    hidden = _linear(rows, gate_up, gate_up_bias, module.is_transposed)
+    return _linear(module._apply_gate(hidden), down, down_bias, module.is_transposed)
 
 
 def _linear(

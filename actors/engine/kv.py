@@ -9,7 +9,7 @@ not known by its content may be written.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 
@@ -20,6 +20,8 @@ class BlockTable:
     blocks: list[int] = field(default_factory=list)
     contents: list[int] = field(default_factory=list)
     """Content ids of the leading full blocks that the prefix cache knows."""
+    is_outdated: bool = False
+    """Holds KV that other weights made, in part or whole: for its own sequence only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,8 @@ class BlockPool:
         blocks = table.blocks[: self.blocks_for(num_tokens)]
         for block in blocks:
             self._reference(block)
-        return BlockTable(blocks, table.contents[: num_tokens // self.block_tokens])
+        contents = table.contents[: num_tokens // self.block_tokens]
+        return BlockTable(blocks, contents, table.is_outdated)
 
     def grow(self, table: BlockTable, start: int, end: int) -> Growth | None:
         """Make positions [start, end) of the table writable; None when blocks are short.
@@ -113,7 +116,7 @@ class BlockPool:
 
     def register(self, table: BlockTable, tokens: Sequence[int], num_computed: int) -> None:
         """Tell the cache the content of the blocks that are now full."""
-        if not self._prefix_cache:
+        if not self._prefix_cache or table.is_outdated:
             return
         size = self.block_tokens
         for index in range(len(table.contents), num_computed // size):
@@ -132,6 +135,18 @@ class BlockPool:
             self._release(block)
         table.blocks = []
         table.contents = []
+        table.is_outdated = False
+
+    def forget_contents(self, tables: Iterable[BlockTable]) -> None:
+        """Share nothing computed so far with newcomers: the weights change.
+
+        The `tables` of live sequences keep their blocks and are never told to the cache.
+        """
+        self._block_of.clear()
+        self._content_of.clear()
+        for table in tables:
+            table.contents = []
+            table.is_outdated = True
 
     def check(self, tables: Sequence[BlockTable]) -> None:
         """Raise AssertionError unless every block is accounted for by `tables` (for tests)."""

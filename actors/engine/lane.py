@@ -39,6 +39,8 @@ class LaneCounters:
     """Seconds from sending a step to having its result, summed."""
     stage_s: float
     """The stages' own seconds within `step_s`, summed."""
+    adapter_version: int
+    """What the lane's steps run with."""
 
 
 class LaneCore:
@@ -54,6 +56,7 @@ class LaneCore:
         self._deadlines: dict[str, float] = {}
         self._scored: set[str] = set()
         self._in_flight: Step | None = None
+        self._wanted_adapter = 0
         self._unrendered: list[Advance] = []
         self._sent_s = 0.0
         self._steps = 0
@@ -96,6 +99,17 @@ class LaneCore:
         """End the requests whose deadline has passed, with what they have."""
         late = [request_id for request_id, end_s in self._deadlines.items() if end_s <= now_s]
         return [out for request_id in late for out in self.abort(request_id, "deadline")]
+
+    def ask_for_adapter(self, version: int) -> None:
+        """Want another adapter version; `switch_adapter` takes it up."""
+        self._wanted_adapter = version
+
+    def switch_adapter(self) -> bool:
+        """Take up the wanted adapter version between two steps; returns whether it changed."""
+        if self._in_flight is not None or self._wanted_adapter == self._scheduler.adapter_version:
+            return False
+        self._scheduler.use_adapter(self._wanted_adapter)
+        return True
 
     def next_step(self, now_s: float) -> Step | None:
         """Return the step to send, or None while one is in flight or nothing can run."""
@@ -155,6 +169,7 @@ class LaneCore:
             steps=self._steps,
             step_s=self._step_s,
             stage_s=self._stage_s,
+            adapter_version=scheduler.adapter_version,
         )
 
     def _output(self, advance: Advance) -> RequestOutput:

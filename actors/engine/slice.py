@@ -8,31 +8,16 @@ Knows neither Ray nor sockets: it runs in a plain process.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
-
 import torch
-from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from actors.engine import sampling
 from actors.engine.attention import ATTENTION_NAME, KVCache, PagedRows
 from actors.engine.batch import StepBatch, StepResult
-from actors.engine.checkpoint import (
-    EMBEDDING,
-    HEAD,
-    Checkpoint,
-    CheckpointError,
-    TensorInfo,
-    UnsupportedArchitectureError,
-)
+from actors.engine.checkpoint import EMBEDDING, HEAD, Checkpoint, TensorInfo
 from actors.engine.config import EngineConfig
-from actors.engine.experts import EXPERTS_NAME
+from actors.engine.lora import SliceAdapters
 from actors.engine.requests import TokenLogprob
-
-Progress = Callable[[float], None]
-"""Told the share of the slice's bytes that has been read, 0 to 1."""
+from actors.engine.skeleton import Progress, build_skeleton, fill_parameters
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -73,7 +58,7 @@ class StageSlice:
         self.is_last = end_layer == checkpoint.num_layers
         self.device = torch.device(device)
         self.dtype = resolve_dtype(config.dtype, self.device)
-        model = _skeleton(checkpoint, self.dtype)
+        model = build_skeleton(checkpoint, self.dtype, attention=ATTENTION_NAME)
         decoder = model.model
         self.layers = [decoder.layers[i] for i in range(first_layer, end_layer)]
         # Buffers (inverse frequencies) are computed, not stored, so they are built for real.
@@ -82,6 +67,9 @@ class StageSlice:
         self.norm = decoder.norm if self.is_last else None
         self.head = model.lm_head if self.is_last else None
         self.bytes_read = self._load(checkpoint, on_progress or (lambda _: None))
+        self.adapters = SliceAdapters(
+            {f"model.layers.{i}": layer for i, layer in enumerate(self.layers, start=first_layer)}
+        )
         attention = self.layers[0].self_attn
         self.kv = [
             KVCache(
@@ -117,7 +105,11 @@ class StageSlice:
 
     @torch.inference_mode()
     def run_layers(self, batch: StepBatch, hidden_TH: torch.Tensor | None) -> torch.Tensor:
-        """Write the step's KV and return the rows behind the slice's last layer, (T, H)."""
+        """Write the step's KV and return the rows behind the slice's last layer, (T, H).
+
+        Runs with the adapter version that the step names.
+        """
+        self.adapters.use(batch.adapter_version)
         cache = self.kv[batch.lane]
         cache.copy_blocks(batch.copies)
         paged = PagedRows.build(batch.rows, cache, self.device)
@@ -198,68 +190,19 @@ class StageSlice:
             for prefix, module in self._modules().items()
             for name, parameter in module.named_parameters()
         }
-        owned = checkpoint.owned(self.first_layer, self.end_layer)
-        filled: dict[str, int] = dict.fromkeys(pending, 0)
-        total = sum(info.num_bytes for info in owned)
-        done = 0
-        for info, tensor in _read(owned):
-            for name in self._targets(checkpoint, info):
-                if name not in pending:
-                    raise CheckpointError(
-                        f"{info.file}: tensor {info.stored_name!r} has no place in "
-                        f"{checkpoint.architecture} (looked for {name!r})"
-                    )
-                _fill(pending[name], info, tensor)
-                filled[name] += info.numel
-            done += info.num_bytes
-            on_progress(done / total)
-        for name, parameter in pending.items():
-            if filled[name] != parameter.numel():
-                raise CheckpointError(
-                    f"{checkpoint.path}: {name!r} has {filled[name]} of {parameter.numel()} "
-                    "values; a shard is missing or the configuration is another checkpoint's"
-                )
-        return done
+        return fill_parameters(
+            checkpoint,
+            checkpoint.owned(self.first_layer, self.end_layer),
+            pending,
+            targets=lambda info: self._targets(checkpoint, info),
+            on_progress=on_progress,
+        )
 
     def _targets(self, checkpoint: Checkpoint, info: TensorInfo) -> list[str]:
         """Parameters that a stored tensor fills; a tied embedding is the head too."""
         if info.parameter != EMBEDDING or checkpoint.has_own_head:
             return [info.parameter]
         return [EMBEDDING] * self.is_first + [HEAD] * self.is_last
-
-
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Build the architecture on `meta` with Motley's two interfaces plugged in."""
-    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    # One stage holds its own copy of a tied embedding as its head, so nothing is tied here.
-    config.tie_word_embeddings = False
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=ATTENTION_NAME, trust_remote_code=False
-        )
-    check_structure(model)
-    if model._can_set_experts_implementation():
-        model.set_experts_implementation(EXPERTS_NAME)
-    return model.eval()
-
-
-def check_structure(model: Any) -> None:
-    """Refuse a model that does not plug into the two interfaces as its slices need.
-
-    Raises:
-        UnsupportedArchitectureError: Names what is missing.
-    """
-    name = type(model).__name__
-    if not model._supports_attention_backend:
-        raise UnsupportedArchitectureError(f"{name} does not use transformers' AttentionInterface")
-    decoder = getattr(model, "model", None)
-    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
-    missing = [part for part in parts if not hasattr(decoder, part)]
-    if missing or not hasattr(model, "lm_head"):
-        raise UnsupportedArchitectureError(f"{name} has no {', '.join(missing) or 'lm_head'}")
-    has_experts = any(".experts." in key for key, _ in model.named_parameters())
-    if has_experts and not model._can_set_experts_implementation():
-        raise UnsupportedArchitectureError(f"{name} does not use transformers' ExpertsInterface")
 
 
 def _store_by_columns(root: torch.nn.Module) -> None:
@@ -275,32 +218,3 @@ def _store_by_columns(root: torch.nn.Module) -> None:
             if (is_matrix or is_experts) and parameter.ndim >= 2:
                 *outer, rows, columns = parameter.shape
                 parameter.data = parameter.new_empty(*outer, columns, rows).transpose(-1, -2)
-
-
-def _read(owned: Iterable[TensorInfo]) -> Iterable[tuple[TensorInfo, torch.Tensor]]:
-    """Yield the owned tensors, file by file; `pread` touches their bytes and no others."""
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in owned:
-        by_file.setdefault(info.file, []).append(info)
-    for file, infos in by_file.items():
-        with safe_open(file, framework="pt", backend="pread") as handle:
-            for info in infos:
-                yield info, handle.get_tensor(info.stored_name)
-
-
-def _fill(parameter: torch.Tensor, info: TensorInfo, tensor: torch.Tensor) -> None:
-    """Copy a stored tensor into its parameter, or into its expert's part of a fused one."""
-    target = parameter.data
-    if info.expert is not None:
-        target = target[info.expert]
-        half = target.shape[0] // 2
-        if info.part == "gate":
-            target = target[:half]
-        elif info.part == "up":
-            target = target[half:]
-    if target.shape != tensor.shape:
-        raise CheckpointError(
-            f"{info.file}: {info.stored_name!r} has shape {tuple(tensor.shape)}, the architecture "
-            f"expects {tuple(target.shape)}; is config.json of another checkpoint?"
-        )
-    target.copy_(tensor)

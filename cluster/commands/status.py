@@ -6,6 +6,7 @@ import json
 import ssl
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 
 from rich.text import Text
 
-from cluster.commands.errors import NotReadyError, UnauthorizedError
+from cluster.commands.errors import NotReadyError, RefusedError, UnauthorizedError
 from cluster.commands.output import Output
 from cluster.commands.tables import lane_table, status_table
 from cluster.gateway.settings import is_loopback
@@ -35,7 +36,7 @@ def show_status(target: HttpTarget, output: Output) -> None:
     state = "ready" if status["ready"] else f"not ready: {status['reason']}"
     output.result(
         status,
-        Text(f"{target.url}: {state}, plan {status['epoch']}"),
+        Text(f"{target.url}: {state}, plan {status['epoch']}, {adapter_text(status['adapter'])}"),
         status_table(status["stages"]),
         lane_table(status["lanes"]),
     )
@@ -45,17 +46,34 @@ def show_status(target: HttpTarget, output: Output) -> None:
         )
 
 
-def fetch_json(target: HttpTarget, path: str, *, timeout_s: float = 10.0) -> dict[str, Any]:
-    """GET a JSON object from the gateway.
+def adapter_text(adapter: Mapping[str, Any]) -> str:
+    """Name the adapter that requests are answered with."""
+    if adapter["name"] is None:
+        return "no adapter"
+    return f"adapter {adapter['name']} (version {adapter['version']})"
+
+
+def fetch_json(
+    target: HttpTarget,
+    path: str,
+    *,
+    timeout_s: float = 10.0,
+    method: str = "GET",
+    body: bytes | None = None,
+) -> dict[str, Any]:
+    """Ask the gateway for a JSON object; `body` is sent as it is.
 
     Raises:
         NotRunningError: Nothing answers there.
         UnauthorizedError: The token is wrong.
-        NotReadyError: It answers 503.
+        NotReadyError: It answers 503, or 409 because it is busy with another such request.
+        RefusedError: It answers 400 or 413.
     """
-    request = urllib.request.Request(
-        target.url.rstrip("/") + path, headers={"Authorization": f"Bearer {target.token}"}
-    )
+    headers = {"Authorization": f"Bearer {target.token}"}
+    if body is not None:
+        headers["Content-Type"] = "application/octet-stream"
+    url = target.url.rstrip("/") + path
+    request = urllib.request.Request(url, data=body, headers=headers, method=method)
     try:
         with _opener(target).open(request, timeout=timeout_s) as response:
             value = json.load(response)
@@ -86,11 +104,21 @@ def _opener(target: HttpTarget) -> urllib.request.OpenerDirector:
 
 
 def _refused(target: HttpTarget, path: str, error: urllib.error.HTTPError) -> RuntimeError:
-    body = error.read(2000).decode(errors="replace")
+    body = _message(error.read(20_000).decode(errors="replace"))
     if error.code in (401, 403):
         return UnauthorizedError(
             f"{target.url} refused the token ({error.code}); set --token or MOTLEY_TOKEN"
         )
-    if error.code == 503:
-        return NotReadyError(f"{target.url} cannot answer now (503): {body}")
+    if error.code in (409, 503):
+        return NotReadyError(f"{target.url} cannot answer now ({error.code}): {body}")
+    if error.code in (400, 413):
+        return RefusedError(f"{target.url} refused ({error.code}): {body}")
     return RuntimeError(f"{target.url}{path} answered {error.code}: {body}")
+
+
+def _message(body: str) -> str:
+    """The gateway's own sentence, or what else came."""
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, TypeError, KeyError):
+        return body[:2000]

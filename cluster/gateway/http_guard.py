@@ -20,8 +20,9 @@ from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from actors.engine.adapter import AdapterError
 from actors.engine.requests import RequestError
-from cluster.backend import Overloaded, Unavailable
+from cluster.backend import Overloaded, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.auth import BearerAuth
 from cluster.gateway.service import ContextLengthExceeded, GenerationFailed, NotFound
 
@@ -41,9 +42,10 @@ class ClientGone(Exception):
 class BodyTooLarge(Exception):
     """A body above the limit."""
 
-    def __init__(self, limit_bytes: int) -> None:
-        super().__init__(limit_bytes)
+    def __init__(self, limit_bytes: int, setting: str) -> None:
+        super().__init__(limit_bytes, setting)
         self.limit_bytes = limit_bytes
+        self.setting = setting
 
 
 class InvalidBody(Exception):
@@ -86,14 +88,18 @@ def describe(error: Exception) -> HttpError:
         case NotFound():
             return HttpError(status=404, message=error.message, param="model", code=error.code)
         case BodyTooLarge():
-            text = f"the body is larger than {error.limit_bytes} bytes (gateway.max_request_bytes)"
+            text = f"the body is larger than {error.limit_bytes} bytes (gateway.{error.setting})"
             return HttpError(status=413, message=text, code="request_too_large")
+        case AdapterError():
+            return HttpError(status=400, message=str(error), code="adapter_refused")
+        case PublishInProgress():
+            return HttpError(status=409, message=str(error), code="publish_in_progress")
         case Unavailable():
             return _describe_unavailable(error)
         case HTTPException():
             headers = dict(error.headers or {})
             return HttpError(status=error.status_code, message=str(error.detail), headers=headers)
-        case GenerationFailed():
+        case GenerationFailed() | PublishFailed():
             return HttpError(status=500, message=str(error), type="server_error")
         case _:
             return HttpError(status=500, message=_INTERNAL, type="server_error")
@@ -148,18 +154,24 @@ class BearerMiddleware:
 
 async def read_body(request: Request, model: type[Body], *, limit_bytes: int) -> Body:
     """Read at most `limit_bytes` of body and parse it."""
-    declared = request.headers.get("content-length")
-    if declared is not None and int(declared) > limit_bytes:
-        raise BodyTooLarge(limit_bytes)
-    body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > limit_bytes:
-            raise BodyTooLarge(limit_bytes)
-        body += chunk
+    body = await read_bytes(request, limit_bytes=limit_bytes, setting="max_request_bytes")
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:
         raise _invalid_body(error) from None
+
+
+async def read_bytes(request: Request, *, limit_bytes: int, setting: str) -> bytearray:
+    """Read a body of at most `limit_bytes`, which `setting` of the gateway says."""
+    declared = request.headers.get("content-length")
+    if declared is not None and int(declared) > limit_bytes:
+        raise BodyTooLarge(limit_bytes, setting)
+    body = bytearray()
+    async for chunk in request.stream():
+        if len(body) + len(chunk) > limit_bytes:
+            raise BodyTooLarge(limit_bytes, setting)
+        body += chunk
+    return body
 
 
 def _invalid_body(error: ValidationError) -> InvalidBody:

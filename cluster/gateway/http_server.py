@@ -2,6 +2,7 @@
 
     POST /v1/completions  POST /v1/chat/completions   whole, or as server-sent events
     GET  /v1/models       GET  /v1/models/{id}
+    GET  /v1/adapter      POST /v1/adapter      DELETE /v1/adapter     what `motley publish` calls
     GET  /health          alive; the only route that needs no token
     GET  /ready           200 when every stage is active, else 503 with the progress
     GET  /status          GET  /plan  GET  /metrics
@@ -12,6 +13,7 @@ that disconnects aborts its requests, streamed or not.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import asdict
@@ -23,8 +25,9 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
-from cluster.backend import ModelInfo, Unavailable
+from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.auth import BearerAuth
 from cluster.gateway.http_guard import (
     BearerMiddleware,
@@ -33,6 +36,7 @@ from cluster.gateway.http_guard import (
     InvalidBody,
     describe,
     read_body,
+    read_bytes,
     retry_after,
     until_disconnect,
 )
@@ -57,13 +61,14 @@ def make_http_app(
     auth: BearerAuth,
     *,
     max_request_bytes: int,
+    max_adapter_bytes: int,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
     clock_unix_s: Callable[[], int] = unix_s,
 ) -> FastAPI:
     """Return the ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_middleware(BearerMiddleware, auth=auth)
-    routes = _Routes(service, max_request_bytes, new_id, clock_unix_s)
+    routes = _Routes(service, max_request_bytes, max_adapter_bytes, new_id, clock_unix_s)
     app.include_router(routes.router())
     for kind in (
         RequestError,
@@ -72,6 +77,9 @@ def make_http_app(
         BodyTooLarge,
         Unavailable,
         GenerationFailed,
+        AdapterError,
+        PublishInProgress,
+        PublishFailed,
         HTTPException,
         Exception,  # logged by uvicorn, which sees it too
     ):
@@ -96,11 +104,13 @@ class _Routes:
         self,
         service: GatewayService,
         max_request_bytes: int,
+        max_adapter_bytes: int,
         new_id: Callable[[], str],
         clock_unix_s: Callable[[], int],
     ) -> None:
         self._service = service
         self._max_request_bytes = max_request_bytes
+        self._max_adapter_bytes = max_adapter_bytes
         self._new_id = new_id
         self._clock_unix_s = clock_unix_s
 
@@ -112,17 +122,22 @@ class _Routes:
             "/status": self.status,
             "/plan": self.plan,
             "/metrics": self.metrics,
+            "/v1/adapter": self.adapter,
             "/v1/models": self.models,
             "/v1/models/{model_id:path}": self.model,  # names hold slashes
         }
         posts: dict[str, Callable[..., Awaitable[Response]]] = {
             "/v1/completions": self.completions,
             "/v1/chat/completions": self.chat_completions,
+            "/v1/adapter": self.publish_adapter,
         }
         for path, endpoint in gets.items():
             router.add_api_route(path, endpoint, methods=["GET"], response_model=None)
         for path, endpoint in posts.items():
             router.add_api_route(path, endpoint, methods=["POST"], response_model=None)
+        router.add_api_route(
+            "/v1/adapter", self.remove_adapter, methods=["DELETE"], response_model=None
+        )
         return router
 
     async def completions(self, request: Request) -> Response:
@@ -147,13 +162,27 @@ class _Routes:
             model=self._service.model_info().name,
         )
 
+    async def adapter(self) -> Response:
+        body = asdict(self._service.adapter()) | {"max_bytes": self._max_adapter_bytes}
+        return JSONResponse(body)
+
+    async def publish_adapter(self, request: Request) -> Response:
+        body = await read_bytes(
+            request, limit_bytes=self._max_adapter_bytes, setting="max_adapter_bytes"
+        )
+        adapter = await asyncio.to_thread(Adapter.decode, memoryview(body))
+        return JSONResponse(asdict(await self._service.publish(adapter)))
+
+    async def remove_adapter(self) -> Response:
+        return JSONResponse(asdict(await self._service.publish(None)))
+
     async def models(self) -> Response:
-        data = [_model(self._service.model_info())]
+        data = [_model(self._service.model_info(), self._service.adapter())]
         return JSONResponse({"object": "list", "data": data})
 
     async def model(self, model_id: str) -> Response:
         self._service.check_model(model_id)
-        return JSONResponse(_model(self._service.model_info()))
+        return JSONResponse(_model(self._service.model_info(), self._service.adapter()))
 
     async def health(self) -> Response:
         return JSONResponse({"status": "alive"})
@@ -190,11 +219,12 @@ class _Routes:
         return Response(text, media_type=METRICS_CONTENT_TYPE)
 
 
-def _model(info: ModelInfo) -> dict[str, Any]:
+def _model(info: ModelInfo, adapter: AdapterStatus) -> dict[str, Any]:
     return {
         "id": info.name,
         "object": "model",
         "created": info.created_unix_s,
         "owned_by": "motley",
         "max_model_len": info.max_model_tokens,
+        "adapter": asdict(adapter),
     }

@@ -52,7 +52,9 @@ async def serve(
     auth = BearerAuth(token)
     service = GatewayService(backend, tokenizer, metrics=metrics, new_seed=new_seed)
     limit = settings.max_request_bytes
-    app = make_http_app(service, auth, max_request_bytes=limit)
+    app = make_http_app(
+        service, auth, max_request_bytes=limit, max_adapter_bytes=settings.max_adapter_bytes
+    )
     grpc_server = make_grpc_server(service, auth, max_request_bytes=limit)
     http_server = _http_server(app, settings)
     listener = _bind_http(settings)

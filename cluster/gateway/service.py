@@ -10,6 +10,9 @@ it. What it raises, and what the codecs make of it:
     Overloaded             RESOURCE_EXHAUSTED    429 with Retry-After
     Unavailable            UNAVAILABLE           503 with Retry-After
     GenerationFailed       INTERNAL              500
+    AdapterError                                 400 (code adapter_refused)
+    PublishInProgress                            409
+    PublishFailed                                500
     anything else          INTERNAL              500 with a plain sentence; the log has the trace
 """
 
@@ -24,8 +27,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Se
 from contextlib import aclosing
 from typing import Any, TypedDict
 
+from actors.engine.adapter import Adapter
 from actors.engine.requests import MAX_SEED, Request, RequestError, RequestOutput, SamplingParams
-from cluster.backend import Backend, DeploymentStatus, ModelInfo, Unavailable
+from cluster.backend import (
+    AdapterStatus,
+    Backend,
+    DeploymentStatus,
+    ModelInfo,
+    Published,
+    Unavailable,
+)
 from cluster.gateway.tokenizer import ChatMessages, Tokenizer, check_text
 from cluster.telemetry import GatewayMetrics, Outcome
 
@@ -245,6 +256,14 @@ class GatewayService:
                 code="request_not_found",
             )
 
+    def adapter(self) -> AdapterStatus:
+        return self._backend.adapter()
+
+    async def publish(self, adapter: Adapter | None) -> Published:
+        """Put an adapter to use while requests run; see `Backend.publish`."""
+        self._check_open()
+        return await self._backend.publish(adapter)
+
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, let those in flight finish for `grace_s`, then abort the rest."""
         self._is_draining = True
@@ -263,9 +282,12 @@ class GatewayService:
             return False
         return True
 
-    def _admit(self, request: Request) -> None:
+    def _check_open(self) -> None:
         if self._is_draining:
             raise Unavailable("the gateway is shutting down", _RETRY_AFTER_SHUTDOWN_S)
+
+    def _admit(self, request: Request) -> None:
+        self._check_open()
         if request.id in self._in_flight:
             raise RequestError(
                 f"request id `{request.id}` is already in flight; choose another", "request_id"

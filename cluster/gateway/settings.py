@@ -18,7 +18,10 @@ class GatewaySettings(BaseModel):
     """0 picks a free port; the handle says which."""
     grpc_port: int = Field(8001, ge=0, le=65535)
     max_request_bytes: int = Field(4 * 1024 * 1024, ge=1024)
-    """Largest HTTP body and largest gRPC message."""
+    """Largest HTTP body and largest gRPC message; adapters have a limit of their own."""
+    max_adapter_bytes: int = Field(1024 * 1024 * 1024, ge=1024)
+    """Largest adapter that `motley publish` may send; the gateway holds one in memory at a time
+    for each upload."""
     tls_cert_file: Path | None = None
     """PEM certificate chain of both listeners."""
     tls_key_file: Path | None = None

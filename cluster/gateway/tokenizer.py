@@ -151,6 +151,21 @@ def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> To
     Raises:
         ValueError: There is none, or it cannot be read.
     """
+    loaded = load_pretrained(checkpoint, revision=revision)
+    eos = loaded.eos_token_id
+    return Tokenizer(
+        loaded.backend_tokenizer,
+        render_chat=_chat_renderer(loaded) if loaded.chat_template else None,
+        eos_token_ids=() if eos is None else (int(eos),),
+    )
+
+
+def load_pretrained(checkpoint: str | Path, *, revision: str | None = None) -> Any:
+    """Return transformers' own tokenizer, made sure to be a fast one that knows text.
+
+    Raises:
+        ValueError: There is none, or it cannot be read.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -172,12 +187,7 @@ def load_tokenizer(checkpoint: str | Path, *, revision: str | None = None) -> To
         raise ValueError(
             f"the tokenizer of {checkpoint} knows {known} tokens; add a tokenizer.json"
         )
-    eos = loaded.eos_token_id
-    return Tokenizer(
-        backend,
-        render_chat=_chat_renderer(loaded) if loaded.chat_template else None,
-        eos_token_ids=() if eos is None else (int(eos),),
-    )
+    return loaded
 
 
 def _chat_renderer(loaded: Any) -> ChatRenderer:

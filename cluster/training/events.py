@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 from placement.trace import Event
 from placement.train import TrainPlan
@@ -152,3 +155,29 @@ TrainingEvent = (
     | TrainingFinished
     | SlotsTraced
 )
+
+
+def event_json(event: TrainingEvent) -> dict[str, Any]:
+    """Return plain JSON values, the event's name under "event"; null for what is not finite."""
+    name = re.sub(r"(?<!^)(?=[A-Z])", "_", type(event).__name__).lower()
+    value: dict[str, Any] = {"event": name} | _plain(event)
+    if isinstance(event, StepDone):
+        value["tokens_per_s"] = _plain(event.tokens_per_s)
+    if isinstance(event, TrainingStarted):
+        value["host_bytes"]["per_trained_parameter"] = event.host_bytes.per_trained_parameter
+    return value
+
+
+def _plain(value: object) -> Any:
+    if isinstance(value, TrainPlan):
+        return _plain(value.to_json())
+    if is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(entry) for entry in value]
+    # A loss that overflowed is no JSON number.
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -183,6 +183,19 @@ def micro_batch_ends_s(
     return ends_s
 
 
+def slot_ends_s(
+    option: SlotOption, ready_s: float, inputs: Inputs, link_s: float, micro_batches: int
+) -> tuple[float, float]:
+    """Return when the first and the last micro-batch of a slot end on a device that is ready at
+    `ready_s`, weights included. What `Pool` inlines."""
+    _, lead_s, total_s, _ = option
+    first_s, last_s, first_saved_s, last_saved_s = inputs
+    first_end_s = max(ready_s, first_saved_s, first_s + link_s - lead_s) + total_s
+    arrival_s = max(first_s + micro_batches * link_s, last_s + link_s)
+    end_s = first_end_s + (micro_batches - 1) * total_s
+    return first_end_s, max(end_s, max(arrival_s - lead_s, last_saved_s) + total_s)
+
+
 def _option_of(options: Sequence[SlotOption], device: int) -> SlotOption:
     for option in options:
         if option.device == device:

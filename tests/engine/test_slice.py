@@ -15,7 +15,8 @@ from actors.engine.attention import ATTENTION_NAME
 from actors.engine.batch import Draw, Rows, StepBatch, StepResult
 from actors.engine.checkpoint import Checkpoint, UnsupportedArchitectureError
 from actors.engine.config import EngineConfig
-from actors.engine.slice import StageSlice, check_structure, resolve_dtype
+from actors.engine.skeleton import check_structure
+from actors.engine.slice import StageSlice, resolve_dtype
 
 pytestmark = pytest.mark.engine
 

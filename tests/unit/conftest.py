@@ -20,8 +20,16 @@ import ray
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from actors.engine.adapter import Adapter
 from actors.engine.requests import Request, RequestError, RequestOutput, TokenLogprob
-from cluster.backend import DeploymentStatus, LaneStatus, ModelInfo, StageStatus
+from cluster.backend import (
+    AdapterStatus,
+    DeploymentStatus,
+    LaneStatus,
+    ModelInfo,
+    Published,
+    StageStatus,
+)
 from cluster.gateway.server import GatewayHandle, serve
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenizer import ChatMessages, Tokenizer
@@ -55,6 +63,8 @@ class FakeBackend:
         self.reply_stops_short = False
         """End the stream with no choice finished."""
         self.is_ready = True
+        self.published: list[Adapter | None] = []
+        self.publish_error: Exception | None = None
         self._aborts: dict[str, asyncio.Event] = {}
         self._released = False
 
@@ -104,6 +114,19 @@ class FakeBackend:
             ),
             link_bytes={"gpu0->cpu0": 640},
         )  # fmt: skip
+
+    def adapter(self) -> AdapterStatus:
+        last = self.published[-1] if self.published else None
+        if last is None:
+            return AdapterStatus()
+        return AdapterStatus(name=last.name, version=len(self.published))
+
+    async def publish(self, adapter: Adapter | None) -> Published:
+        if self.publish_error is not None:
+            raise self.publish_error
+        self.published.append(adapter)
+        used = self.adapter()
+        return Published(name=used.name, version=used.version, seconds=0.25, pause_s=0.0)
 
     async def abort(self, request_id: str) -> bool:
         if request_id not in self._aborts:

@@ -53,6 +53,7 @@ def batches(draw: st.DrawFn) -> StepBatch:
         draws=[draw(DRAWS) for _ in drawn],
         prompt_logprobs=[(i, draw(st.integers(0, 20))) for i in scored],
         targets=[draw(st.lists(IDS, max_size=rows[i].length)) for i in scored],
+        adapter_version=draw(IDS),
     )
 
 
@@ -122,10 +123,10 @@ def test_random_bytes_are_refused_as_value_errors(data: bytes) -> None:
 
 
 @settings(max_examples=30)
-@given(st.lists(VALUES, min_size=10, max_size=10) | VALUES)
-@example([0, 0, 0, [1], [[0, "1", []]], [], [], [], [], []])
-@example([0, 0, 0, 5, [], [], [], [], [], []])
-@example([0, 0, 0, [], 5, [], [], [], [], []])
+@given(st.lists(VALUES, min_size=11, max_size=11) | VALUES)
+@example([0, 0, 0, [1], [[0, "1", []]], [], [], [], [], [], 0])
+@example([0, 0, 0, 5, [], [], [], [], [], [], 0])
+@example([0, 0, 0, [], 5, [], [], [], [], [], 0])
 def test_wrongly_typed_fields_are_refused_as_value_errors(fields: object) -> None:
     with contextlib.suppress(ValueError):
         StepBatch.decode(msgpack.packb(fields))

@@ -43,6 +43,7 @@ STATUS: dict[str, Any] = {
     "stages": [STAGE],
     "lanes": [LANE],
     "link_bytes": {},
+    "adapter": {"name": "step-000100", "version": 2},
 }
 
 

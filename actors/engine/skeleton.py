@@ -1,0 +1,133 @@
+"""A Hugging Face decoder built on `meta`, and its tensors read from a checkpoint.
+
+Building on the `meta` device costs no memory: what serves or trains layers takes from the whole
+what it needs, and reads only those tensors. The architecture gets Motley's two interfaces: the
+attention function that is asked for, and `motley_experts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from actors.engine.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    TensorInfo,
+    UnsupportedArchitectureError,
+)
+from actors.engine.experts import EXPERTS_NAME
+
+Progress = Callable[[float], None]
+"""Told the share of the bytes that has been read, 0 to 1."""
+
+
+def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str) -> Any:
+    """Build the architecture on `meta` with Motley's two interfaces plugged in.
+
+    Raises:
+        UnsupportedArchitectureError: It does not use them.
+    """
+    config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    # One place holds the embedding and another the head, so nothing is tied here.
+    config.tie_word_embeddings = False
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
+        )
+    check_structure(model)
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation(EXPERTS_NAME)
+    return model.eval()
+
+
+def check_structure(model: Any) -> None:
+    """Refuse a model that does not plug into the two interfaces as its slices need.
+
+    Raises:
+        UnsupportedArchitectureError: Names what is missing.
+    """
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise UnsupportedArchitectureError(f"{name} does not use transformers' AttentionInterface")
+    decoder = getattr(model, "model", None)
+    parts = ("embed_tokens", "layers", "norm", "rotary_emb")
+    missing = [part for part in parts if not hasattr(decoder, part)]
+    if missing or not hasattr(model, "lm_head"):
+        raise UnsupportedArchitectureError(f"{name} has no {', '.join(missing) or 'lm_head'}")
+    has_experts = any(".experts." in key for key, _ in model.named_parameters())
+    if has_experts and not model._can_set_experts_implementation():
+        raise UnsupportedArchitectureError(f"{name} does not use transformers' ExpertsInterface")
+
+
+def fill_parameters(
+    checkpoint: Checkpoint,
+    owned: Iterable[TensorInfo],
+    parameters: Mapping[str, torch.Tensor],
+    *,
+    targets: Callable[[TensorInfo], Iterable[str]] = lambda info: (info.parameter,),
+    on_progress: Progress = lambda _: None,
+) -> int:
+    """Read `owned` tensors into parameters by name; returns the bytes read.
+
+    `targets` says which parameters a stored tensor fills.
+
+    Raises:
+        CheckpointError: A tensor has no place or another shape, or a parameter is left unfilled.
+    """
+    owned = list(owned)
+    filled: dict[str, int] = dict.fromkeys(parameters, 0)
+    total = sum(info.num_bytes for info in owned)
+    done = 0
+    for info, tensor in _read(owned):
+        for name in targets(info):
+            if name not in parameters:
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.stored_name!r} has no place in "
+                    f"{checkpoint.architecture} (looked for {name!r})"
+                )
+            _fill(parameters[name], info, tensor)
+            filled[name] += info.numel
+        done += info.num_bytes
+        on_progress(done / total)
+    for name, parameter in parameters.items():
+        if filled[name] != parameter.numel():
+            raise CheckpointError(
+                f"{checkpoint.path}: {name!r} has {filled[name]} of {parameter.numel()} "
+                "values; a shard is missing or the configuration is another checkpoint's"
+            )
+    return done
+
+
+def _read(owned: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    """Yield the owned tensors, file by file; `pread` touches their bytes and no others."""
+    by_file: dict[Path, list[TensorInfo]] = {}
+    for info in owned:
+        by_file.setdefault(info.file, []).append(info)
+    for file, infos in by_file.items():
+        with safe_open(file, framework="pt", backend="pread") as handle:
+            for info in infos:
+                yield info, handle.get_tensor(info.stored_name)
+
+
+def _fill(parameter: torch.Tensor, info: TensorInfo, tensor: torch.Tensor) -> None:
+    """Copy a stored tensor into its parameter, or into its expert's part of a fused one."""
+    target = parameter.data
+    if info.expert is not None:
+        target = target[info.expert]
+        half = target.shape[0] // 2
+        if info.part == "gate":
+            target = target[:half]
+        elif info.part == "up":
+            target = target[half:]
+    if target.shape != tensor.shape:
+        raise CheckpointError(
+            f"{info.file}: {info.stored_name!r} has shape {tuple(tensor.shape)}, the architecture "
+            f"expects {tuple(target.shape)}; is config.json of another checkpoint?"
+        )
+    target.copy_(tensor)

@@ -1,0 +1,268 @@
+"""DeviceActor: one device of the training pool. Decides nothing.
+
+A slot is one call that streams: for every micro-batch the results (arrays, in shared memory), then
+a small report. What the driver has of a device that dies it keeps, for it owns what was streamed.
+Weights of the next slot are brought by another thread while this one computes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import zip_longest
+from typing import Any
+
+import ray
+import torch
+
+from actors.engine.arrays import Array, as_tensor, to_array
+from actors.engine.checkpoint import Checkpoint
+from actors.engine.trainable import TrainableModel
+from actors.engine.training_values import MicroBatch, RouterLoads
+from actors.mailbox import Mailbox, SlotCancelledError
+from actors.pool_values import (
+    BoundaryName,
+    MicroBatchReport,
+    PoolDeviceSpec,
+    SlotKey,
+    SlotReport,
+    SlotTask,
+)
+from actors.residency import Residency
+
+_WEIGHTS = "weights"
+Outputs = dict[BoundaryName, torch.Tensor]
+Left = dict[tuple[BoundaryName, int], torch.Tensor]
+"""(boundary, micro-batch): results that a slot left on its device."""
+
+
+class DeviceWorker:
+    """Hosts one `TrainableModel`."""
+
+    def __init__(self, spec: PoolDeviceSpec) -> None:
+        torch.set_num_threads(spec.threads)
+        self._spec = spec
+        self._dtype = getattr(torch, spec.dtype)
+        self._model = TrainableModel(
+            Checkpoint.open(spec.model, allow_unverified=spec.allow_unverified),
+            dtype=self._dtype,
+            device="cuda" if spec.device.kind == "cuda" else "cpu",
+            lora=spec.lora,
+            loss_chunk_tokens=spec.loss_chunk_tokens,
+            seed=spec.seed,
+        )
+        self._residency = Residency(self._model, spec)
+        self._boxes: dict[SlotKey, Mailbox] = {}
+        self._boxes_lock = threading.Lock()
+        self._left: Left = {}
+
+    def ready(self) -> None:
+        """Return once the constructor is done."""
+
+    def prepare(self, task: SlotTask, weights: Mapping[str, tuple[Any, Any]]) -> None:
+        """Bring a coming slot's weights: (trained, frozen) references by unit."""
+        box = self._box(task.key)
+        try:
+            self._residency.bring(task.versions, weights)
+        except Exception as error:  # noqa: BLE001 - raised again by the slot that waits for them
+            box.fail(error)
+        else:
+            box.put(_WEIGHTS, None)
+
+    def feed(
+        self,
+        key: SlotKey,
+        micro_batch: int,
+        loads: RouterLoads | None,
+        names: tuple[BoundaryName, ...],
+        *arrays: Array,
+    ) -> None:
+        """Hand a slot inputs of one micro-batch; Ray has brought the arrays.
+
+        All names are of one kind; those without an array are taken from what the slot before left
+        on this device.
+        """
+        tensors = [as_tensor(array, self._dtype) for array in arrays]
+        given = dict(zip_longest(names, tensors))
+        self._box(key).put((names[0][0], micro_batch), (given, loads))
+
+    def cancel(self, key: SlotKey) -> None:
+        """Take a slot back; it ends at its next wait."""
+        self._box(key).cancel()
+
+    def run_slot(self, task: SlotTask, batches: tuple[MicroBatch, ...]) -> Iterator[Any]:
+        """Run a slot over the round's micro-batches; streams arrays and reports."""
+        box = self._box(task.key)
+        started_s = time.monotonic()
+        is_cancelled = False
+        gradients: dict[str, torch.Tensor] = {}
+        try:
+            box.take(_WEIGHTS, self._spec.wait_timeout_s)
+            self._residency.place(task.versions)
+            visit = _Visit(self._model, self._spec, task, box, self._left)
+            for m, batch in enumerate(batches):
+                yield from visit.run(m, batch)
+            self._left = visit.left
+            gradients = visit.gradients()
+        except SlotCancelledError:
+            is_cancelled = True
+        finally:
+            self._residency.release(task.versions)
+            with self._boxes_lock:
+                del self._boxes[task.key]
+        for gradient in gradients.values():
+            yield to_array(gradient)
+        yield SlotReport(
+            gradients=tuple(gradients),
+            seconds=time.monotonic() - started_s,
+            is_cancelled=is_cancelled,
+        )
+
+    def forget(self, step: int, round_number: int) -> None:
+        """Drop activations that were kept for a round that will not come back."""
+        self._model.drop_kept((step, round_number))
+
+    def _box(self, key: SlotKey) -> Mailbox:
+        with self._boxes_lock:
+            return self._boxes.setdefault(key, Mailbox())
+
+
+class _Visit:
+    """One slot while it runs: takes inputs from the box, computes, waits out declared time."""
+
+    def __init__(
+        self,
+        model: TrainableModel,
+        spec: PoolDeviceSpec,
+        task: SlotTask,
+        box: Mailbox,
+        found: Left,
+    ) -> None:
+        self.left: Left = {}
+        self._room_bytes = spec.outputs_cap_bytes
+        self._found = found
+        self._device = model.device
+        self._timeout_s = spec.wait_timeout_s
+        self._task = task
+        self._box = box
+        self._slot = model.open_slot(
+            task.kind,
+            task.first_layer,
+            task.end_layer,
+            grain=task.grain,
+            saves=task.saves,
+            scales=task.scales,
+            step=task.key.step,
+            first_micro_batch=task.first_micro_batch,
+            round_key=(task.key.step, task.key.round),
+            train=task.is_trained,
+            keep=task.is_kept,
+        )
+
+    def run(self, m: int, batch: MicroBatch) -> Iterator[Any]:
+        """Run one micro-batch; streams its arrays, then its report."""
+        run = self._backward if self._task.kind == "backward" else self._forward
+        outputs, report = run(m, batch)
+        for tensor in outputs.values():
+            yield to_array(tensor)
+        yield replace(report, is_left=self._leave(m, outputs))
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Return the slot's parameter gradients by unit."""
+        has_any = self._task.is_trained and self._task.kind != "forward"
+        return self._slot.gradients() if has_any else {}
+
+    def _forward(self, m: int, batch: MicroBatch) -> tuple[Outputs, MicroBatchReport]:
+        task, waited_s = self._task, 0.0
+        hidden: torch.Tensor | None = None
+        loads: RouterLoads | None = None
+        if task.first_layer:
+            (given, loads), waited_s = self._take("hidden", m)
+            hidden = given[task.first_layer]
+        begin_s = time.monotonic()
+        loss = None
+        if task.kind == "fused":
+            fused = self._slot.fused(m, batch, hidden, loads)
+            outputs = _gradient_of(task, fused.gradient_BTH)
+            loads, loss = fused.loads, fused.loss_sum
+        else:
+            result = self._slot.forward(m, batch, hidden, loads)
+            outputs = {("hidden", layer): tensor for layer, tensor in result.saved.items()}
+            outputs["hidden", task.end_layer] = result.hidden_BTH
+            loads = result.loads
+        late_s = self._pace(begin_s, task.declared_s)
+        return outputs, MicroBatchReport(
+            micro_batch=m,
+            outputs=tuple(outputs),
+            loads=loads,
+            loss=loss,
+            busy_s=time.monotonic() - begin_s,
+            waited_s=waited_s,
+            late_s=late_s,
+        )
+
+    def _backward(self, m: int, batch: MicroBatch) -> tuple[Outputs, MicroBatchReport]:
+        """Recompute as soon as the saved inputs are there, then wait for the gradient."""
+        task = self._task
+        waited_s = 0.0
+        saved: dict[int, torch.Tensor] = {}
+        if task.needs_saved:
+            (saved, _), waited_s = self._take("hidden", m)
+        begin_s = time.monotonic()
+        self._slot.recompute(m, batch, saved)
+        late_s = self._pace(begin_s, task.declared_lead_s if task.declared_s else None)
+        lead_s = time.monotonic() - begin_s
+        (gradients, loads), gradient_waited_s = self._take("gradient", m)
+        middle_s = time.monotonic()
+        outputs = _gradient_of(task, self._slot.backward(m, gradients[task.end_layer], loads))
+        rest_s = None if task.declared_s is None else task.declared_s - task.declared_lead_s
+        late_s += self._pace(middle_s, rest_s)
+        return outputs, MicroBatchReport(
+            micro_batch=m,
+            outputs=tuple(outputs),
+            loads=None,
+            busy_s=lead_s + time.monotonic() - middle_s,
+            waited_s=waited_s + gradient_waited_s,
+            late_s=late_s,
+        )
+
+    def _take(
+        self, kind: str, m: int
+    ) -> tuple[tuple[dict[int, torch.Tensor], RouterLoads | None], float]:
+        """Return ((tensors by layer, router loads), seconds waited)."""
+        (given, loads), waited_s = self._box.take((kind, m), self._timeout_s)
+        tensors = {}
+        for name, tensor in given.items():
+            found = self._found[name, m] if tensor is None else tensor.to(self._device)
+            tensors[name[1]] = found
+        return (tensors, loads), waited_s
+
+    def _leave(self, m: int, outputs: Outputs) -> bool:
+        """Leave the last result here for the next slot, while there is room."""
+        name, tensor = next(reversed(outputs.items()), (None, None))
+        if name is None or tensor is None or tensor.nbytes > self._room_bytes:
+            return False
+        self._room_bytes -= tensor.nbytes
+        self.left[name, m] = tensor
+        return True
+
+    def _pace(self, begin_s: float, declared_s: float | None) -> float:
+        """Wait until the declared time has passed; returns by how much the work was late."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        if declared_s is None:
+            return 0.0
+        left_s = begin_s + declared_s - time.monotonic()
+        if left_s > 0:
+            time.sleep(left_s)
+        return max(0.0, -left_s)
+
+
+def _gradient_of(task: SlotTask, gradient: torch.Tensor | None) -> Outputs:
+    return {} if gradient is None else {("gradient", task.first_layer): gradient}
+
+
+_GROUPS = {"slots": 1, "weights": 1, "feed": 1, "control": 2}
+DeviceActor = ray.remote(concurrency_groups=_GROUPS)(DeviceWorker)  # type: ignore[call-overload]

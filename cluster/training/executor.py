@@ -1,0 +1,396 @@
+"""Carries rounds through a pool of devices: dispatches visits, hands on what they yield.
+
+One asyncio loop, no lock. Everything that happens calls `_pump`, which dispatches whatever may be
+dispatched. A visit that is lost with its device runs again elsewhere; what other visits had from it
+stays good, since equal inputs give equal results, and its gradients count once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import bisect
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
+
+from actors.pool_values import MicroBatchReport, SlotKey, SlotReport, SlotTask
+from cluster.training.errors import HostsLostError, TrainingError
+from cluster.training.hosts import WeightHosts
+from cluster.training.rounds import Boundary, Round, Visit
+from placement.dispatch import SlotDispatcher
+from placement.errors import NoDeviceError
+from placement.topology import Device
+from placement.trace import Event
+from placement.train import PlannedSlot
+
+_ATTEMPTS = itertools.count()
+
+
+@dataclass(eq=False)
+class PooledDevice:
+    """A live device of the pool."""
+
+    device: Device
+    actor: Any
+    queue: deque[Visit] = field(default_factory=deque)
+    last: Visit | None = None
+    """The newest visit that was sent to it."""
+    busy_s: float = 0.0
+    """Since the pool began."""
+    late_s: float = 0.0
+    """Paced only: by how much real work outlasted declared time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorHooks:
+    """What the executor tells its owner; called on the loop."""
+
+    units_of: Callable[[PlannedSlot], tuple[str, ...]]
+    """The units whose weights a slot needs."""
+    num_gradients: Callable[[PlannedSlot], int]
+    """How many units of a fused or backward slot get gradients."""
+    on_gradients: Callable[[Round, PlannedSlot, Mapping[str, Any]], None]
+    on_device_lost: Callable[[str, str, int], None]
+    """Device, reason, and how many of its visits run again."""
+    on_event: Callable[[Event], None] | None = None
+    """Every micro-batch, for a trace."""
+
+
+class SlotExecutor:
+    """Runs rounds over the devices that are there."""
+
+    def __init__(
+        self,
+        weights: WeightHosts,
+        hooks: ExecutorHooks,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.devices: dict[str, PooledDevice] = {}
+        self.dispatcher: SlotDispatcher | None = None
+        self._weights = weights
+        self._hooks = hooks
+        self._now_s = now_s
+        self._pending: list[Visit] = []
+        self._rounds: dict[int, Round] = {}
+        self._done: dict[Round, asyncio.Future[None]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None
+        self._progress = asyncio.Event()
+        self.no_device: str | None = None
+        """Why the next visit cannot be dispatched, while no device may run it."""
+
+    @property
+    def num_pending(self) -> int:
+        """Visits that were not dispatched yet."""
+        return len(self._pending)
+
+    def add_device(self, device: Device, actor: Any) -> None:
+        self.devices[device.id] = PooledDevice(device, actor)
+        self.pump()
+
+    def submit(self, round_: Round) -> asyncio.Future[None]:
+        """Queue a round's visits; the future ends with the round."""
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._done[round_] = done
+        if self._failure is not None:
+            done.set_exception(self._failure)
+            return done
+        self._pending += round_.visits
+        self._pending.sort(key=_order)
+        self.pump()
+        return done
+
+    def pump(self) -> None:
+        """Dispatch what may be dispatched."""
+        self.no_device = None
+        while self._failure is None and self.dispatcher is not None:
+            try:
+                choice = self.dispatcher.choose(
+                    self._ready(), now_s=self._now_s(), available=self.devices.keys()
+                )
+            except NoDeviceError as error:
+                self.no_device = str(error)
+                break
+            if choice is None:
+                break
+            at = choice.round_index, choice.slot_index
+            visit = self._pending.pop(bisect.bisect_left(self._pending, at, key=_order))
+            self._start(visit, self.devices[choice.device_id])
+        self._progress.set()
+
+    def _ready(self) -> Iterator[tuple[int, int]]:
+        """Yield, in order, the pending visits up to the first whose weights are not published."""
+        for visit in self._pending:
+            if not self._weights.table.has(self._hooks.units_of(visit.slot), visit.round.version):
+                return
+            yield visit.order
+
+    def fail(self, error: BaseException) -> None:
+        """End all rounds with an error; nothing is dispatched any more."""
+        if self._failure is None:
+            self._failure = error
+        self._progress.set()
+        for done in self._done.values():
+            if not done.done():
+                done.set_exception(error)
+                done.exception()  # retrieved: whoever awaits it raises it again
+
+    async def dispatched(self) -> None:
+        """Wait until every submitted visit has been sent to a device."""
+        while self._pending and self._failure is None:
+            self._progress.clear()
+            await self._progress.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    async def drain(self) -> None:
+        """Give up everything that runs, and wait until it is over."""
+        self._pending.clear()
+        for pooled in self.devices.values():
+            for visit in pooled.queue:
+                self._cancel(visit, pooled)
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _start(self, visit: Visit, pooled: PooledDevice) -> None:
+        assert self.dispatcher is not None
+        units = self._hooks.units_of(visit.slot)
+        visit.device_id = pooled.device.id
+        before = pooled.last
+        follows = before is not None and before.order == (visit.order[0], visit.slot.index - 1)
+        visit.local_from = before if follows else None
+        visit.attempt = next(_ATTEMPTS)
+        pooled.queue.append(visit)
+        pooled.last = visit
+        round_ = visit.round
+        self.dispatcher.dispatched(*visit.order, pooled.device.id, now_s=self._now_s())
+        task = self._task(visit, pooled, units)
+        weights = self._weights.table.references(units, round_.version)
+        pooled.actor.prepare.options(concurrency_group="weights").remote(task, weights)
+        stream = pooled.actor.run_slot.options(
+            concurrency_group="slots", num_returns="streaming"
+        ).remote(task, round_.batches_reference)
+        self._spawn(self._follow(visit, visit.attempt, pooled, stream))
+        self._feed(visit)
+
+    def _task(self, visit: Visit, pooled: PooledDevice, units: tuple[str, ...]) -> SlotTask:
+        assert self.dispatcher is not None
+        slot, round_ = visit.slot, visit.round
+        declared_s, lead_s = None, 0.0
+        if pooled.device.kind == "paced":
+            declared_s, lead_s = round_.declared(slot, pooled.device.id)
+        return SlotTask(
+            key=_key(visit),
+            kind=slot.kind,
+            first_layer=slot.first_layer,
+            end_layer=slot.end_layer,
+            grain=slot.grain,
+            is_kept=slot.kind == "forward" and round_.partner(slot) is not None,
+            saves=round_.saves(slot),
+            first_micro_batch=round_.first_micro_batch,
+            scales=round_.scales,
+            is_trained=round_.is_trained,
+            versions=dict.fromkeys(units, round_.version),
+            declared_s=declared_s,
+            declared_lead_s=lead_s,
+            needs_saved=any(boundary.kind == "hidden" for boundary in visit.needs),
+        )
+
+    def _feed(self, visit: Visit) -> None:
+        """Send a running visit the inputs that exist by now."""
+        if visit.device_id is None or visit.is_done:
+            return
+        actor = self.devices[visit.device_id].actor
+        for kind in visit.kinds:
+            while visit.has_next(kind):
+                m = visit.num_fed[kind]
+                names = visit.boundaries(kind)
+                is_local = visit.is_local(kind, m)
+                references = [] if is_local else [visit.round.outputs[name, m] for name in names]
+                actor.feed.options(concurrency_group="feed").remote(
+                    _key(visit), m, visit.loads(kind, m), tuple(map(tuple, names)), *references
+                )
+                visit.num_fed[kind] += 1
+
+    async def _follow(self, visit: Visit, attempt: int, pooled: PooledDevice, stream: Any) -> None:
+        """Take what a slot streams, until its last word."""
+        reader = _Reader(visit, self._hooks.num_gradients(visit.slot))
+        try:
+            async for reference in stream:
+                if not reader.is_report_next:
+                    reader.keep(reference)
+                    continue
+                report = await reference
+                if visit.attempt != attempt:
+                    return
+                if isinstance(report, SlotReport):
+                    self._finish(visit, pooled, report, reader)
+                    return
+                self._take(visit, pooled, report, reader)
+            if visit.attempt != attempt:
+                return
+            # A call that fails ends its stream with a reference that raises what went wrong.
+            await reader.last
+            raise TrainingError(f"{pooled.device.id} ended slot {visit.slot.index} without a word")
+        except RayActorError as error:
+            self._lose(pooled, str(error).strip().splitlines()[0])
+        except RayTaskError as error:
+            if visit.attempt == attempt:
+                self.fail(_explain(error, visit, pooled))
+        except TrainingError as error:
+            self.fail(error)
+
+    def _take(
+        self, visit: Visit, pooled: PooledDevice, report: MicroBatchReport, reader: _Reader
+    ) -> None:
+        assert self.dispatcher is not None
+        round_, m = visit.round, report.micro_batch
+        for name, reference in zip(report.outputs, reader.take(), strict=True):
+            round_.outputs[Boundary(*name), m] = reference  # type: ignore[arg-type]
+        visit.left[m] = report.is_left
+        round_.note(visit.slot, m, report.loads, report.loss)
+        reader.busy_s += report.busy_s
+        pooled.busy_s += report.busy_s
+        pooled.late_s += report.late_s
+        now_s = self._now_s()
+        self.dispatcher.progressed(*visit.order, now_s=now_s)
+        if self._hooks.on_event is not None:
+            self._hooks.on_event(
+                Event(
+                    device_id=pooled.device.id,
+                    start_s=now_s - report.busy_s,
+                    end_s=now_s,
+                    kind=visit.slot.kind,
+                    stage=visit.slot.index,
+                    micro_batch=m,
+                    round_index=round_.index,
+                )
+            )
+        for other in round_.visits:
+            self._feed(other)
+
+    def _finish(
+        self, visit: Visit, pooled: PooledDevice, report: SlotReport, reader: _Reader
+    ) -> None:
+        assert self.dispatcher is not None
+        round_ = visit.round
+        visit.is_done = True
+        pooled.queue.remove(visit)
+        if round_.is_trained:
+            micro_batch_s = max(reader.busy_s / round_.num_micro_batches, 1e-9)
+            self.dispatcher.finished(*visit.order, now_s=self._now_s(), micro_batch_s=micro_batch_s)
+        else:
+            # Without its backward pass a slot says nothing about the slots that train.
+            self.dispatcher.forget(*visit.order)
+        if report.gradients:
+            gradients = dict(zip(report.gradients, reader.take(), strict=True))
+            self._hooks.on_gradients(round_, visit.slot, gradients)
+        round_.forget_used()
+        if round_.is_done:
+            done = self._done.pop(round_)
+            if not done.done():
+                done.set_result(None)
+        self.pump()
+
+    def _lose(self, pooled: PooledDevice, reason: str) -> None:
+        """A device died: its visits, and those that would wait for them in vain, run again."""
+        device_id = pooled.device.id
+        if self.devices.get(device_id) is not pooled:
+            return
+        del self.devices[device_id]
+        lost = list(pooled.queue)
+        pooled.queue.clear()
+        for round_ in self._done:
+            lost += round_.lost_with(device_id)
+        earliest = {visit.round: visit.slot.index for visit in sorted(lost, key=_order)[::-1]}
+        self._repend(lost)
+        for other in self.devices.values():
+            stuck = [
+                visit
+                for visit in other.queue
+                if visit.slot.index > earliest.get(visit.round, len(visit.round.slots))
+                and not visit.is_fed
+            ]
+            for visit in stuck:
+                self._cancel(visit, other)
+                other.queue.remove(visit)
+            self._repend(stuck)
+        self._hooks.on_device_lost(device_id, reason, len(lost))
+        self.pump()
+
+    def _repend(self, visits: list[Visit]) -> None:
+        assert self.dispatcher is not None
+        for visit in visits:
+            visit.reset()
+            self.dispatcher.forget(*visit.order)
+        self._pending += visits
+        self._pending.sort(key=_order)
+
+    def _cancel(self, visit: Visit, pooled: PooledDevice) -> None:
+        pooled.actor.cancel.options(concurrency_group="control").remote(_key(visit))
+
+    def _spawn(self, work: Any) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.fail(error)
+
+
+class _Reader:
+    """Tells arrays from reports in what a slot streams: it is known how many arrays come."""
+
+    def __init__(self, visit: Visit, num_gradients: int) -> None:
+        slot, round_ = visit.slot, visit.round
+        hands_on = slot.kind == "forward" or (slot.first_layer > 0 and round_.is_trained)
+        self._num_arrays = (len(round_.saves(slot)) if slot.kind == "forward" else 0) + hands_on
+        self._num_gradients = num_gradients if round_.is_trained else 0
+        self._left = round_.num_micro_batches
+        self._kept: list[Any] = []
+        self.last: Any = None
+        self.busy_s = 0.0
+
+    @property
+    def is_report_next(self) -> bool:
+        wanted = self._num_arrays if self._left else self._num_gradients
+        return len(self._kept) == wanted
+
+    def keep(self, reference: Any) -> None:
+        self._kept.append(reference)
+        self.last = reference
+
+    def take(self) -> list[Any]:
+        """Return the arrays since the last report."""
+        kept, self._kept = self._kept, []
+        self._left -= 1
+        return kept
+
+
+def _key(visit: Visit) -> SlotKey:
+    return SlotKey(visit.round.step, visit.round.number, visit.slot.index, visit.attempt)
+
+
+def _order(visit: Visit) -> tuple[int, int]:
+    return visit.order
+
+
+def _explain(error: RayTaskError, visit: Visit, pooled: PooledDevice) -> BaseException:
+    cause = error.cause if getattr(error, "cause", None) is not None else error
+    if isinstance(cause, OwnerDiedError | HostsLostError):
+        return HostsLostError("a weight host is lost: its weights cannot be read")
+    text = str(cause).strip().splitlines()
+    slot = visit.slot
+    return TrainingError(
+        f"step {visit.round.step + 1}: {pooled.device.id} failed in the {slot.kind} slot of layers "
+        f"{slot.first_layer} to {slot.end_layer}: {text[-1] if text else type(cause).__name__}"
+    )

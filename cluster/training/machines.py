@@ -1,0 +1,345 @@
+"""The machines of a run: devices, weight hosts, and the plan that suits those that are there."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+
+from actors.engine.arrays import Array, as_tensor, to_array
+from actors.engine.checkpoint import Checkpoint
+from actors.engine.export import (
+    read_adapter_unit,
+    read_model_unit,
+    read_optimizer_state,
+    write_adapter,
+    write_model,
+    write_optimizer_state,
+)
+from actors.engine.training_values import HEAD_UNIT
+from actors.fleet import Host
+from actors.pool_values import PoolDeviceSpec
+from actors.weights import WeightHostSpec
+from cluster.inventory import find_hosts
+from cluster.planning import dtype_bytes
+from cluster.training.checkpoints import TrainingState
+from cluster.training.errors import TrainingError
+from cluster.training.events import (
+    DeviceJoined,
+    DeviceLost,
+    SlotsTraced,
+    TrainingEvent,
+    TrainingPlanned,
+)
+from cluster.training.executor import ExecutorHooks, SlotExecutor
+from cluster.training.hosts import WeightHosts
+from cluster.training.job import TrainingJob
+from cluster.training.planner import RunPlan, RunPlanner
+from cluster.training.pool import StartedDevice, start_again, start_devices, stop_devices
+from cluster.training.rounds import units_of
+from placement.costs import memory_cap_bytes
+from placement.dispatch import SlotDispatcher
+from placement.topology import Device, Topology
+from placement.trace import Event
+from placement.train import PlannedSlot
+
+_log = logging.getLogger(__name__)
+_REVIVE_EVERY_S = 2.0
+_NO_DEVICE_TIMEOUT_S = 120.0
+_WAIT_TIMEOUT_S = 600.0
+"""Longest wait of a slot for its inputs; a driver that is gone ends its devices anyway."""
+
+
+class Machines:
+    """Devices and weight hosts, alive as long as the run."""
+
+    def __init__(
+        self,
+        job: TrainingJob,
+        topology: Topology,
+        hosts: Mapping[str, Host],
+        on_event: Callable[[TrainingEvent], None],
+        *,
+        trace: bool,
+    ) -> None:
+        self._job = job
+        self._topology = topology
+        self._hosts = dict(hosts)
+        self._tell = on_event
+        self.dtype = _compute_dtype(job, topology)
+        width = getattr(torch, self.dtype).itemsize
+        config = _planned_config(job)
+        self._planner = RunPlanner(config, job.checkpoint.profile(dtype_bytes=width), topology)
+        self._plan = self._planner.first
+        self._is_outdated = False
+        self._started: dict[str, StartedDevice] = {}
+        self._reviving: asyncio.Task[None] | None = None
+        self._traced: list[Event] | None = [] if trace else None
+        self._busy_mark: tuple[float, dict[str, float]] = (0.0, {})
+        self.weights = WeightHosts(
+            job.units, is_tied=job.is_tied, rounds_per_step=job.settings.rounds_per_step
+        )
+        self.executor = self._new_executor()
+
+    async def start(self) -> None:
+        """Start devices and weight hosts.
+
+        Raises:
+            TrainingError: One of them does not come up.
+        """
+        self._tell_plan()
+        specs = [self._spec(device) for device in self._topology.devices if self._is_used(device)]
+        devices, _ = await asyncio.gather(start_devices(specs, self._hosts), self._start_weights())
+        for started in devices:
+            self._use(started)
+        self._reviving = asyncio.create_task(self._revive())
+
+    async def load(self, folder: Path | None, step: int) -> None:
+        """Bring every trained unit to what a step folder holds; None: to the model's own."""
+        self.weights.resume_at(step)
+        if folder is None:
+            return
+        job = self._job
+        dtype = getattr(torch, job.settings.optimizer.weight_dtype)
+        saved = None if job.settings.lora else Checkpoint.open(str(folder))
+        for unit in job.units:
+            if not unit.trained:
+                continue
+
+            def read(unit: Any = unit) -> tuple[Array, dict[str, Array]]:
+                if saved is None:
+                    flat = read_adapter_unit(folder, unit, dtype=dtype)
+                else:
+                    flat = read_model_unit(saved, unit, dtype=dtype)
+                state = read_optimizer_state(folder, unit.name)
+                return to_array(flat), {name: to_array(part) for name, part in state.items()}
+
+            flat, state = await asyncio.to_thread(read)
+            await self.weights.restore(unit.name, step, flat, state)
+
+    async def restart_hosts(self) -> None:
+        """Start the weight hosts anew after one died; what devices were doing is given up."""
+        old = self.executor
+        await old.drain()
+        self.executor = self._new_executor()
+        self._hosts = await asyncio.to_thread(find_hosts)
+        await self._start_weights()
+        for pooled in old.devices.values():
+            self.executor.add_device(pooled.device, pooled.actor)
+
+    async def room(self) -> None:
+        """Wait until everything that was submitted is on its way to a device.
+
+        Raises:
+            TrainingError: No device is left that may run a slot.
+        """
+        waiting = asyncio.create_task(self.executor.dispatched())
+        stuck_since_s: float | None = None
+        try:
+            while not waiting.done():
+                await asyncio.wait((waiting,), timeout=1.0)
+                reason = self.executor.no_device
+                if reason is None:
+                    stuck_since_s = None
+                    continue
+                stuck_since_s = stuck_since_s or time.monotonic()
+                if time.monotonic() - stuck_since_s > _NO_DEVICE_TIMEOUT_S:
+                    raise TrainingError(
+                        f"{reason}; no device came back within {_NO_DEVICE_TIMEOUT_S:g} s. Start "
+                        f"its node again and run with --resume"
+                    )
+            await waiting
+        finally:
+            waiting.cancel()
+
+    def plan_for(self, round_index: int) -> RunPlan:
+        """Return the plan for a round that is about to be made; devices may have changed."""
+        if self._is_outdated and self.executor.devices:
+            self._is_outdated = False
+            assert self.executor.dispatcher is not None
+            factors = {
+                device_id: self.executor.dispatcher.factor(device_id)
+                for device_id in self.executor.devices
+                if device_id in self._plan.device_ids
+            }
+            self._plan = self._planner.again(self.executor.devices.keys(), factors)
+            self.executor.dispatcher.replan(
+                self._plan.plan, self._plan.costs, from_round=round_index
+            )
+            self._tell_plan()
+        return self._plan
+
+    def idle_fractions(self, now_s: float) -> dict[str, float]:
+        """Return each device's share of idle time since the last call."""
+        since_s, before = self._busy_mark
+        busy = {device_id: pooled.busy_s for device_id, pooled in self.executor.devices.items()}
+        self._busy_mark = now_s, busy
+        seconds = max(now_s - since_s, 1e-9)
+        return {
+            device_id: min(1.0, max(0.0, 1.0 - (busy_s - before.get(device_id, 0.0)) / seconds))
+            for device_id, busy_s in busy.items()
+        }
+
+    def tell_trace(self) -> None:
+        """Report what devices did since the last call, when a trace was asked for."""
+        if self._traced:
+            self._tell(SlotsTraced(events=tuple(self._traced)))
+            self._traced.clear()
+
+    async def save(self, step: int, tokens: int, losses: tuple[float, ...]) -> Path:
+        """Write a checkpoint; units come from their hosts one at a time.
+
+        Raises:
+            CheckpointSaveError: It cannot be written; those before it are untouched.
+        """
+        job, loop = self._job, asyncio.get_running_loop()
+        dtype = getattr(torch, job.settings.optimizer.weight_dtype)
+        state = TrainingState(
+            step=step,
+            seed=job.settings.seed,
+            settings=job.fixed,
+            tokens_seen=tokens,
+            losses=losses,
+        )
+
+        def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+            for unit in job.units:
+                if unit.trained:
+                    exporting = asyncio.run_coroutine_threadsafe(
+                        self.weights.export(unit.name), loop
+                    )
+                    flat, unit_state = exporting.result()
+                    tensors = {name: torch.from_numpy(a.copy()) for name, a in unit_state.items()}
+                    write_optimizer_state(folder, unit.name, tensors)
+                    yield unit.name, as_tensor(flat, dtype)
+
+        def write(folder: Path) -> None:
+            if job.settings.lora is None:
+                write_model(folder, job.checkpoint, job.units, weights(folder), dtype=dtype)
+            else:
+                write_adapter(
+                    folder,
+                    job.checkpoint,
+                    job.units,
+                    weights(folder),
+                    lora=job.settings.lora,
+                    base_model=str(job.checkpoint.path),
+                )
+
+        return await asyncio.to_thread(job.folder.save, step, write, state)
+
+    def close(self) -> None:
+        """Stop all actors."""
+        if self._reviving is not None:
+            self._reviving.cancel()
+        stop_devices(list(self._started.values()))
+        self.weights.stop()
+
+    def _new_executor(self) -> SlotExecutor:
+        trained = {unit.name for unit in self._job.units if unit.trained}
+
+        def names(slot: PlannedSlot) -> tuple[str, ...]:
+            return units_of(slot, is_tied=self._job.is_tied, head_unit=HEAD_UNIT)
+
+        executor = SlotExecutor(
+            self.weights,
+            ExecutorHooks(
+                units_of=lambda slot: () if slot.grain == "keep" else names(slot),
+                num_gradients=lambda slot: (
+                    0 if slot.kind == "forward" else len(trained.intersection(names(slot)))
+                ),
+                on_gradients=self.weights.add,
+                on_device_lost=self._lost,
+                on_event=None if self._traced is None else self._traced.append,
+            ),
+        )
+        executor.dispatcher = SlotDispatcher(self._plan.plan, self._plan.costs)
+        return executor
+
+    async def _start_weights(self) -> None:
+        settings = self._job.settings
+        spec = WeightHostSpec(
+            model=str(self._job.checkpoint.path),
+            allow_unverified=self._job.config.engine.allow_unverified_architectures,
+            units=(),
+            lora=settings.lora,
+            optimizer=settings.optimizer,
+            seed=settings.seed,
+        )
+        nodes = {device.node for device in self._topology.devices if device.node in self._hosts}
+        by_id = {self._hosts[node].ray_node_id: self._hosts[node] for node in sorted(nodes)}
+        await self.weights.start(spec, list(by_id.values()))
+
+    def _spec(self, device: Device) -> PoolDeviceSpec:
+        job = self._job
+        share = next(share for share in self._plan.plan.devices if share.device_id == device.id)
+        cap = memory_cap_bytes(device.memory_bytes, job.config.plan.headroom_fraction)
+        spare = max(0, cap - share.peak_bytes)
+        in_use = 2 * max(slot.weight_bytes for slot in self._plan.plan.slots)
+        return PoolDeviceSpec(
+            device=device,
+            model=str(job.checkpoint.path),
+            allow_unverified=job.config.engine.allow_unverified_architectures,
+            dtype=self.dtype,
+            weight_dtype=job.settings.optimizer.weight_dtype,
+            lora=job.settings.lora,
+            loss_chunk_tokens=job.settings.loss_chunk_tokens,
+            seed=job.settings.seed,
+            threads=job.config.engine.cpu_threads,
+            weights_cap_bytes=spare // 2 + in_use,
+            outputs_cap_bytes=spare // 2,
+            wait_timeout_s=_WAIT_TIMEOUT_S,
+        )
+
+    def _is_used(self, device: Device) -> bool:
+        return any(share.device_id == device.id for share in self._plan.plan.devices)
+
+    def _use(self, started: StartedDevice) -> None:
+        self._started[started.spec.device.id] = started
+        self.executor.add_device(started.spec.device, started.actor)
+
+    def _lost(self, device_id: str, reason: str, num_slots: int) -> None:
+        self._is_outdated = True
+        ray.kill(self._started.pop(device_id).actor)
+        self._tell(DeviceLost(device_id=device_id, reason=reason, num_slots=num_slots))
+
+    async def _revive(self) -> None:
+        """Start lost devices again while their nodes are there; they join the next round."""
+        while True:
+            await asyncio.sleep(_REVIVE_EVERY_S)
+            missing = [d for d in self._topology.devices if d.id not in self._started]
+            if not missing:
+                continue
+            self._hosts = await asyncio.to_thread(find_hosts)
+            for device in missing:
+                started = await start_again(self._spec(device), self._hosts)
+                if started is not None:
+                    self._use(started)
+                    self._is_outdated = True
+                    self._tell(DeviceJoined(device_id=device.id))
+
+    def _tell_plan(self) -> None:
+        nodes = {device.id: device.node for device in self._topology.devices}
+        self._tell(TrainingPlanned(plan=self._plan.plan, nodes=nodes))
+
+
+def _compute_dtype(job: TrainingJob, topology: Topology) -> str:
+    """Return one number format for the whole pool; activations go from any device to any."""
+    chosen = job.config.engine.dtype
+    if chosen != "auto":
+        return chosen
+    width = dtype_bytes(job.config.engine, [device.kind for device in topology.devices])
+    return "bfloat16" if width == 2 else "float32"
+
+
+def _planned_config(job: TrainingJob) -> Any:
+    trained = sum(unit.num_trained for unit in job.units)
+    total = trained + sum(unit.num_frozen for unit in job.units)
+    training = job.settings.model_copy(update={"trained_fraction": trained / max(1, total)})
+    return job.config.model_copy(update={"training": training})
