@@ -22,7 +22,7 @@ from actors.engine.adapter import CONFIG_FILE, AdapterError, is_adapter_folder, 
 from actors.engine.config import EngineConfig
 from cluster.gateway.settings import GatewaySettings
 from cluster.quantities import parse_bytes, parse_bytes_per_s, parse_flops_per_s
-from cluster.training.settings import TrainingSettings
+from cluster.training_settings import TrainingSettings
 from placement.costs import LEAST_HEADROOM_FRACTION
 from placement.topology import DEFAULT_LINK_BYTES_PER_S, DEFAULT_LINK_LATENCY_S, DeviceKind
 from placement.workload import DeviceOrder, Objective

@@ -14,6 +14,7 @@ from cluster.planning import (
     serving_workload,
     settings_errors,
 )
+from cluster.training_settings import TrainingSettings
 from placement.decode import DecodePlan, plan_decode
 from placement.errors import InfeasiblePlanError
 from placement.front import StageFront, plan_front
@@ -22,8 +23,8 @@ from placement.simulate import simulate_slots
 from placement.stages import StagesPlan, split_verdict
 from placement.topology import Topology
 from placement.trace import Event
-from placement.train import TrainPlan, plan_train
-from placement.training import TrainingCosts
+from placement.train import TrainPlan, plan_cut, plan_train
+from placement.training import TrainingCosts, slots_from_counts
 from placement.training_costs import training_costs
 from placement.workload import ModelProfile, TrainingWorkload
 
@@ -152,13 +153,29 @@ def training_forecast(
             ),
             headroom_fraction=config.plan.headroom_fraction,
         )
-        plan = plan_train(
+        plan = plan_slots(config.training, costs)
+    return TrainingForecast(plan=plan, costs=costs)
+
+
+def plan_slots(load: TrainingSettings, costs: TrainingCosts) -> TrainPlan:
+    """Plan a round's slots, or price the ones that the settings force."""
+    synchronous = not load.optimizer.asynchronous
+    cut = load.cut
+    if cut is None:
+        return plan_train(
             costs,
             micro_batches=load.micro_batches,
             rounds_per_step=load.rounds_per_step,
-            synchronous=not load.optimizer.asynchronous,
+            synchronous=synchronous,
         )
-    return TrainingForecast(plan=plan, costs=costs)
+    return plan_cut(
+        costs,
+        slots_from_counts(cut.forward, cut.fused, cut.backward),
+        micro_batches=load.micro_batches,
+        rounds_per_step=load.rounds_per_step,
+        synchronous=synchronous,
+        grain=cut.grain,
+    )
 
 
 @contextmanager

@@ -8,12 +8,13 @@ plans assume equal devices and minimise slots x longest slot).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from placement.errors import InfeasiblePlanError
 from placement.pooling.search import CutSimulator, Objective, best_cuts
+from placement.pooling.slot_memory import SlotNeed, devices_of_slots
 from placement.pooling.slot_prices import SlotPrices
 from placement.pooling.steady import SteadyState, alone_s, steady_state
 from placement.simulate import simulate_slots
@@ -196,6 +197,62 @@ def plan_train(
         raise InfeasiblePlanError(_no_room_to_prefetch(able))
     _, _, _, schedule, outcome = min(candidates, key=lambda candidate: candidate[:3])
     return _assemble(every, able, schedule, outcome, small)
+
+
+def plan_cut(
+    costs: TrainingCosts,
+    slots: Sequence[Slot],
+    *,
+    micro_batches: int,
+    rounds_per_step: int | None = 1,
+    synchronous: bool = False,
+    grain: RecomputeGrain = "stage",
+) -> TrainPlan:
+    """Return the plan of a given cut, every backward slot at one grain; nothing is searched.
+
+    Raises:
+        InfeasiblePlanError: Some slot fits no device.
+        ValueError: The slots do not cover the layers, or a count is below 1.
+    """
+    _check(micro_batches, rounds_per_step, synchronous, 1)
+    _check_cover(costs, slots)
+    every = costs.in_order(sorted(range(costs.num_devices), key=lambda d: costs.device_ids[d]))
+    prices = SlotPrices(every)
+    grains: list[RecomputeGrain] = [grain if slot.kind == "backward" else "none" for slot in slots]
+    needs = [
+        SlotNeed(
+            chosen,
+            prices.resident_bytes(slot, chosen),
+            prices.weight_bytes(slot),
+            prices.option(slot, chosen, 0).total_s,
+        )
+        for slot, chosen in zip(slots, grains, strict=True)
+    ]
+    devices = devices_of_slots(needs, every.memory_bytes)
+    if devices is None:
+        most_bytes = max(need.resident_bytes + need.weight_bytes for need in needs)
+        raise InfeasiblePlanError(
+            f"a slot of the given cut needs {most_bytes} bytes with the next one's weights; the "
+            f"devices offer {', '.join(map(str, every.memory_bytes))}. Give smaller slots, or "
+            f"leave the cut to the planner"
+        )
+    is_free = grain != "keep" and all(len(row) == every.num_devices for row in devices)
+    schedule = SlotSchedule(
+        slots=tuple(slots),
+        micro_batches=micro_batches,
+        dispatch="round_robin" if every.is_uniform and is_free else "earliest_finish",
+        grains=tuple(grains),
+        devices=devices,
+        rounds_per_step=rounds_per_step,
+        staleness=0 if synchronous else 1,
+    )
+    return _assemble(every, every, schedule, _outcome(every, schedule), {})
+
+
+def _check_cover(costs: TrainingCosts, slots: Sequence[Slot]) -> None:
+    last = next((slot.end_layer for slot in slots if slot.kind == "fused"), None)
+    if last != costs.num_layers:
+        raise ValueError(f"the cut ends at layer {last}, the model has {costs.num_layers} layers")
 
 
 def _check(

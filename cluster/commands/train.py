@@ -18,8 +18,8 @@ from cluster.training.checkpoints import RunFolder
 from cluster.training.documents import DataError
 from cluster.training.events import TrainingEvent, TrainingFinished
 from cluster.training.report import report_to
-from cluster.training.settings import DataSettings, TrainingSettings
 from cluster.training.tracing import SlotTrace
+from cluster.training_settings import DataSettings, TrainingSettings
 
 CURVES = "tensorboard"
 """Name, in the run's folder, of the folder of event files."""

@@ -23,7 +23,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 
-from cluster.training.settings import TrainingSettings
+from cluster.training_settings import TrainingSettings
 
 FORMAT_VERSION = 1
 LATEST = "latest"

@@ -14,7 +14,7 @@ from actors.engine.checkpoint import CheckpointError, read_configuration
 from cluster.training.documents import Corpus, DataError, Document
 from cluster.training.encoding import Encoder
 from cluster.training.records import Source, companion_sources, find_sources, read_records
-from cluster.training.settings import DataSettings
+from cluster.training_settings import DataSettings
 
 __all__ = ["Corpus", "DataError", "Document", "Documents", "read_documents"]
 

@@ -27,8 +27,9 @@ from cluster.training.records import Chat, Completion, Record, Text
 _PIECE_CHARACTERS = 1 << 16
 _BATCH_CHARACTERS = 1 << 20
 """Characters encoded at once: an encoding is some thirty times the size of its text."""
-# Where every known pre-tokenizer ends a word, whatever stands before and behind.
-_LINE_START = re.compile(r"(?<=\S\n)(?=\S)")
+# Pre-tokenizers end a word here, whatever stands before and behind; only GPT-2's counts on what
+# follows a blank line, and may join its line breaks in another way.
+_LINE_START = re.compile(r"(?<=\n)(?=\S)")
 _ANCHOR = "\n"
 
 

@@ -14,7 +14,7 @@ from cluster.config import ConfigError, MotleyConfig
 from cluster.training.checkpoints import RunFolder, TrainingState, fixed_settings
 from cluster.training.data import read_documents
 from cluster.training.packing import Batches
-from cluster.training.settings import TrainingSettings
+from cluster.training_settings import TrainingSettings
 
 
 @dataclass(frozen=True)

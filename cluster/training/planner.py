@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from cluster.config import MotleyConfig
-from cluster.forecast import training_forecast
+from cluster.forecast import plan_slots, training_forecast
 from placement.pooling.slot_prices import SlotPrices
 from placement.topology import Topology
-from placement.train import TrainPlan, plan_train
+from placement.train import TrainPlan
 from placement.training import TrainingCosts
 from placement.workload import ModelProfile
 
@@ -59,11 +59,5 @@ class RunPlanner:
         every = self.first.costs
         order = [i for i, device_id in enumerate(every.device_ids) if device_id in device_ids]
         costs = every.in_order(order).slowed(factors)
-        training = self._config.training
-        plan = plan_train(
-            costs,
-            micro_batches=training.micro_batches,
-            rounds_per_step=training.rounds_per_step,
-            synchronous=not training.optimizer.asynchronous,
-        )
+        plan = plan_slots(self._config.training, costs)
         return RunPlan(plan, costs)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.training.documents import DataError
-from cluster.training.settings import DataSettings
+from cluster.training_settings import DataSettings
 
 _HELD_OUT = ("validation", "test")
 _ROWS = 1000

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
+from placement.training import Slot, slots_from_counts
+
 
 class Cut(NamedTuple):
     """Layer counts of the slots in the order in which they run; see `slots_from_counts`."""
@@ -16,10 +18,23 @@ class Cut(NamedTuple):
     forward: tuple[int, ...]
     fused: int
     backward: tuple[int, ...]
+    kept: int = 0
+    """The last so many forward stages keep their activations for the first so many backward ones,
+    which hold the same layers."""
 
     @property
     def num_slots(self) -> int:
         return len(self.forward) + 1 + len(self.backward)
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return slots_from_counts(self.forward, self.fused, self.backward)
+
+    @property
+    def kept_pairs(self) -> list[tuple[int, int]]:
+        """The indices of a forward and a backward slot each."""
+        fused = len(self.forward)
+        return [(fused - 1 - stage, fused + 1 + stage) for stage in range(self.kept)]
 
 
 class LayerWeights(NamedTuple):
@@ -158,6 +173,43 @@ def neighbours(cut: Cut) -> Iterator[Cut]:
         yield Cut(forward, fused, counts)
     for counts in _reshaped(forward):
         yield Cut(counts, fused, backward)
+
+
+def mirrored(forward: Sequence[int], fused: int, kept: int) -> Cut:
+    """Return the cut whose backward stages are the forward ones."""
+    return Cut(tuple(forward), fused, tuple(reversed(forward)), kept)
+
+
+def kept_neighbours(cut: Cut) -> Iterator[Cut]:
+    """Yield the cuts one move away from one that keeps activations: among the kept stages, among
+    the others, a layer or a stage from these to those, or a layer into or out of the fused slot."""
+    forward, fused, backward, kept = cut
+    below, above, back = forward[:-kept], forward[-kept:], backward[kept:]
+
+    def joined(
+        below: tuple[int, ...], above: tuple[int, ...], fused: int, back: tuple[int, ...]
+    ) -> Cut:
+        return Cut((*below, *above), fused, (*above[::-1], *back), len(above))
+
+    if above != (1,):
+        yield joined(below, _grown(above, -1, -1), fused + 1, back)
+    if fused:
+        yield joined(below, _grown(above, -1, 1), fused - 1, back)
+    for counts in _reshaped(above):
+        yield joined(below, counts, fused, back)
+    if kept > 1:
+        yield joined((*below, above[0]), above[1:], fused, (above[0], *back))
+    if above != (1,):
+        yield joined(_grown(below, -1, 1), _grown(above, 0, -1), fused, _grown(back, 0, 1))
+    if not below:
+        return
+    yield joined(_grown(below, -1, -1), _grown(above, 0, 1), fused, _grown(back, 0, -1))
+    if below[-1] == back[0]:
+        yield joined(below[:-1], (below[-1], *above), fused, back[1:])
+    for counts in _reshaped(below):
+        yield joined(counts, above, fused, back)
+    for counts in _reshaped(back):
+        yield joined(below, above, fused, counts)
 
 
 def _compositions(total: int) -> list[tuple[int, ...]]:

@@ -79,6 +79,11 @@ class Pool:
         self._round_robin = schedule.dispatch == "round_robin"
         self._rounds_per_step = schedule.rounds_per_step
         self._staleness = schedule.staleness
+        self._sources = [
+            partner if partner is not None and partner < index else None
+            for index, partner in enumerate(schedule.kept_with)
+        ]
+        """Per slot, the forward slot of the same round whose device it must run on."""
 
     @property
     def has_steps(self) -> bool:
@@ -98,9 +103,12 @@ class Pool:
         inputs = Inputs(release_s, release_s)
         saved_s = -math.inf, -math.inf
         links_s: Sequence[float] = self._first_links_s
-        visits = []
+        visits: list[Visit] = []
         for index, options in enumerate(slots):
-            if self._round_robin:
+            source = self._sources[index]
+            if source is not None:
+                options = (_option_of(options, visits[source].option.device),)
+            elif self._round_robin:
                 options = (_option_of(options, self.next_device),)
                 self.next_device = (self.next_device + 1) % len(self.free_s)
             visit = self._earliest(options, inputs, links_s)
@@ -201,6 +209,6 @@ def _option_of(options: Sequence[SlotOption], device: int) -> SlotOption:
         if option.device == device:
             return option
     raise ValueError(
-        f"round_robin sends a slot to device {device}, which may not run it; "
-        f"use earliest_finish where not every device fits every slot"
+        f"a slot is sent to device {device}, which may not run it: in round_robin every device "
+        f"must fit every slot, and one that keeps activations their backward slot too"
     )

@@ -27,10 +27,10 @@ from placement.pooling.cuts import (
     similar_shapes,
 )
 from placement.pooling.pool import Pool, SlotOption
-from placement.pooling.slot_memory import SlotNeed, devices_of_slots, slot_need
+from placement.pooling.slot_memory import SlotNeed, devices_of_slots, keeping_needs, slot_need
 from placement.pooling.slot_prices import SlotPrices
 from placement.pooling.steady import measure
-from placement.training import Slot, SlotSchedule, TrainingCosts, slots_from_counts
+from placement.training import RecomputeGrain, Slot, SlotSchedule, TrainingCosts
 
 
 class Precision(NamedTuple):
@@ -77,7 +77,7 @@ class CutSimulator:
         """(slot, device) pairs priced so far."""
         self._is_uniform = costs.is_uniform
         self._needs: dict[Slot, SlotNeed] = {}
-        self._options: dict[Slot, tuple[SlotOption, ...]] = {}
+        self._options: dict[tuple[Slot, RecomputeGrain], tuple[SlotOption, ...]] = {}
         self._seconds: dict[tuple[Cut, Precision], float] = {}
 
     def need(self, slot: Slot) -> SlotNeed:
@@ -88,8 +88,12 @@ class CutSimulator:
 
     def schedule(self, cut: Cut) -> SlotSchedule | None:
         """Return the cut as a schedule, or None where memory holds some slot nowhere."""
-        slots = slots_from_counts(*cut)
+        slots = cut.slots
         needs = [self.need(slot) for slot in slots]
+        if cut.kept:
+            needs = keeping_needs(
+                self.prices, slots, needs, cut.kept_pairs, self.objective.micro_batches
+            )
         devices = devices_of_slots(needs, self.costs.memory_bytes)
         if devices is None:
             return None
@@ -97,7 +101,9 @@ class CutSimulator:
         return SlotSchedule(
             slots=slots,
             micro_batches=self.objective.micro_batches,
-            dispatch="round_robin" if self._is_uniform and everywhere else "earliest_finish",
+            dispatch="round_robin"
+            if self._is_uniform and everywhere and not cut.kept
+            else "earliest_finish",
             grains=tuple(need.grain for need in needs),
             devices=devices,
             rounds_per_step=self.objective.rounds_per_step,
@@ -117,7 +123,10 @@ class CutSimulator:
         return self._seconds[key]
 
     def _simulated_s(self, schedule: SlotSchedule, precision: Precision) -> float:
-        rows = [self._row(slot, self.need(slot)) for slot in schedule.slots]
+        rows = [
+            self._row(slot, grain)
+            for slot, grain in zip(schedule.slots, schedule.grain_list, strict=True)
+        ]
         assert schedule.devices is not None
         options = [
             row if len(row) == len(devices) else tuple(row[device] for device in devices)
@@ -142,10 +151,10 @@ class CutSimulator:
         self.effort += pool.num_rounds * len(rows) * per_round
         return seconds
 
-    def _row(self, slot: Slot, need: SlotNeed) -> tuple[SlotOption, ...]:
-        if slot not in self._options:
-            self._options[slot] = self.prices.options(slot, need.grain)
-        return self._options[slot]
+    def _row(self, slot: Slot, grain: RecomputeGrain) -> tuple[SlotOption, ...]:
+        if (slot, grain) not in self._options:
+            self._options[slot, grain] = self.prices.options(slot, grain)
+        return self._options[slot, grain]
 
 
 def best_cuts(simulator: CutSimulator, effort: int) -> list[Cut]:

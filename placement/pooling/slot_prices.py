@@ -53,6 +53,8 @@ class SlotPrices:
             total_s = forward_s + backward_s + self.costs.head_backward_s[device]
             lead_s = forward_s if self._fused_forward_overlaps else 0.0
             return SlotOption(device, lead_s, total_s, upload_s)
+        if grain == "keep":
+            return SlotOption(device, 0.0, backward_s, upload_s)
         lead_s = recompute_s = _between(self._recompute_s[device], slot)
         if grain == "layer":
             lead_s = self.costs.recompute_s[device][slot.end_layer - 1]
@@ -67,7 +69,8 @@ class SlotPrices:
         """Return weights, gradients and one micro-batch's activations, without the prefetch.
 
         Activations kept: all layers' in a fused slot, which recomputes nothing, and at stage
-        grain; one layer's at layer grain and in a forward slot.
+        grain; one layer's at layer grain and in a forward slot. What stays from a forward slot to
+        its backward slot is `kept_bytes`; both still work on one layer's.
         """
         total = self.weight_bytes(slot) + BOUNDARY_BUFFERS * self.costs.boundary_bytes
         if slot.kind == "fused":
@@ -78,6 +81,10 @@ class SlotPrices:
             return total + _between(self._activation_bytes, slot)
         layers = self.costs.layer_activation_bytes[slot.first_layer : slot.end_layer]
         return total + max(layers, default=0)
+
+    def kept_bytes(self, slot: Slot, micro_batches: int) -> int:
+        """Return what a round's micro-batches leave of a forward slot for its backward slot."""
+        return micro_batches * _between(self._activation_bytes, slot)
 
     def alone_bytes(self, slot: Slot, grain: RecomputeGrain) -> int:
         """Return what a device needs to run nothing but this slot: weights once more, because

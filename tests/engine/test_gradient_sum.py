@@ -124,7 +124,10 @@ def test_a_step_waits_for_all_its_gradients() -> None:
     with pytest.raises(ValueError, match="step 0 of layer 0 is not complete: no gradient"):
         made.squared_norm()
     made.add("layer 0", 0, 1, values(790, seed=1), expected=3)
-    with pytest.raises(ValueError, match="not complete: 1 of 3 gradients have arrived"):
+    made.add("layer 0", 0, 0, values(790, seed=2), expected=3)
+    for order in (0, 1):
+        made.add("layer 0", 0, order, values(790, seed=3), expected=3)
+    with pytest.raises(ValueError, match="not complete: 2 of 3 gradients have arrived"):
         made.step("layer 0", learning_rate=1e-3, scale=1.0)
 
 

@@ -58,9 +58,7 @@ def pool(
 ) -> list[TrainableModel]:
     checkpoint = Checkpoint.open(str(path))
     settings: dict[str, Any] = {"dtype": torch.float32, "device": "cpu", "loss_chunk_tokens": 7}
-    return [
-        TrainableModel(checkpoint, lora=lora, **settings | options) for _ in range(num_devices)
-    ]
+    return [TrainableModel(checkpoint, lora=lora, **settings | options) for _ in range(num_devices)]
 
 
 def slots_and_grains(
@@ -160,6 +158,7 @@ def test_an_expert_that_no_row_chose_has_a_gradient_of_zero(checkpoint_dir: Dirs
     assert 2 <= int((per_expert > 0).sum()) <= 4
 
 
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize(
     ("model_type", "targets"),
     [
@@ -177,9 +176,8 @@ def test_adapter_gradients_are_those_of_peft(
     models = pool(path, lora=lora)
     weights = host_weights(Checkpoint.open(str(path)), lora)
     for trained, _ in weights.values():
-        trained.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+        trained.normal_(std=0.05, generator=torch.Generator().manual_seed(1))
     config = peft.LoraConfig(r=lora.rank, lora_alpha=10, target_modules=list(targets))
-    config.ensure_weight_tying = True
     reference = peft.inject_adapter_in_model(config, load(path))
     values = by_parameter(models[0].units, {name: pair[0] for name, pair in weights.items()})
     with torch.no_grad():
@@ -188,7 +186,7 @@ def test_adapter_gradients_are_those_of_peft(
                 parameter.copy_(values[name])
     batches = random_batches(2)
     coefficient = ROUTER_COEFFICIENT if model_type in MOE else 0.0
-    loss, expected = plain_gradients(reference, batches, coefficient)
+    _, expected = plain_gradients(reference, batches, coefficient)
 
     for counts, grain in CUTS:
         done = run_round(
@@ -206,28 +204,26 @@ def test_layers_with_nothing_trained_pass_the_gradient_on(checkpoint_dir: Dirs) 
     for name, pair in host_weights(Checkpoint.open(str(path)), lora).items():
         model.place(name, *pair)
     [batch] = random_batches(1)
-    hidden_BTH = torch.randn(2, 48, 48, generator=torch.Generator().manual_seed(0))
-    gradient_BTH = torch.randn(2, 48, 48, generator=torch.Generator().manual_seed(1))
-    common: Any = {"scales": LossScales(1.0), "step": 0, "first_micro_batch": 0}
-    slot = model.open_slot("backward", 2, 4, grain="stage", **common)
-    slot.recompute(0, batch, {2: hidden_BTH})
+    real_BT1 = torch.from_numpy(batch.documents_BT >= 0)[..., None]
+    random = torch.Generator().manual_seed(0)
+    hidden_BTH = torch.randn(2, 48, 48, generator=random)
+    gradient_BTH = torch.randn(2, 48, 48, generator=random) * real_BT1
+    slot = model.open_slot(
+        "backward", 2, 4, grain="stage", scales=LossScales(1.0), step=0, first_micro_batch=0
+    )
 
+    slot.recompute(0, batch, {2: hidden_BTH})
     passed = slot.backward(0, gradient_BTH)
 
-    reference = load(path).model
+    decoder = load(path).model
     leaf = hidden_BTH.clone().requires_grad_()
+    same = torch.from_numpy(batch.documents_BT[:, :, None] == batch.documents_BT[:, None])
+    mask = torch.zeros(2, 1, 48, 48).masked_fill(~same.tril()[:, None], -torch.inf)
+    rotary = decoder.rotary_emb(leaf, torch.from_numpy(batch.positions_BT))
     out = leaf
-    mask = torch.from_numpy(batch.documents_BT[:, :, None] == batch.documents_BT[:, None])
-    bias = torch.zeros(2, 1, 48, 48).masked_fill(~mask.tril()[:, None], -torch.inf)
-    positions = torch.from_numpy(batch.positions_BT)
-    for layer in reference.layers[2:4]:
-        out = layer(
-            out, attention_mask=bias, position_embeddings=reference.rotary_emb(out, positions)
-        )
-    real = torch.from_numpy(batch.documents_BT >= 0)[..., None]
-    slot.recompute(0, batch, {2: hidden_BTH})
-    passed = slot.backward(0, gradient_BTH * real)
-    torch.autograd.backward(out, gradient_BTH * real)
+    for layer in decoder.layers[2:4]:
+        out = layer(out, attention_mask=mask, position_embeddings=rotary)
+    torch.autograd.backward(out, gradient_BTH)
     torch.testing.assert_close(passed, leaf.grad, rtol=1e-4, atol=1e-5)
     assert slot.gradients() == {}
 
@@ -290,7 +286,7 @@ def test_evaluation_has_no_dropout_and_leaves_no_gradient(dropping: Path) -> Non
 
 
 def test_bfloat16_gradients_are_summed_in_float32(checkpoint_dir: Dirs) -> None:
-    path = checkpoint_dir("qwen3_moe")
+    path = checkpoint_dir("llama")
     checkpoint = Checkpoint.open(str(path))
     batches = random_batches(4, num_sequences=1)
     models = pool(path, dtype=torch.bfloat16)
@@ -318,7 +314,10 @@ def test_a_micro_batch_without_targets_has_no_loss_and_no_gradient(checkpoint_di
     path = checkpoint_dir("llama")
     [batch] = random_batches(1)
     silent = MicroBatch(
-        batch.tokens_BT, np.full_like(batch.targets_BT, -100), batch.positions_BT, batch.documents_BT
+        batch.tokens_BT,
+        np.full_like(batch.targets_BT, -100),
+        batch.positions_BT,
+        batch.documents_BT,
     )
     models, weights = pool(path), host_weights(Checkpoint.open(str(path)))
 

@@ -41,7 +41,7 @@ def ray_session() -> Iterator[None]:
     ray.init(
         num_cpus=8,
         include_dashboard=False,
-        object_store_memory=80 * 2**20,
+        object_store_memory=200 * 2**20,
         log_to_driver=False,
         logging_level=logging.ERROR,
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},

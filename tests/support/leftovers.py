@@ -29,8 +29,13 @@ def nothing_left_behind() -> Iterator[None]:
         time.sleep(0.1)
 
 
-def actor_processes() -> set[int]:
-    """The stages and lanes that descend from this process."""
+def actor_processes(*titles: bytes, root: int | None = None) -> set[int]:
+    """The actors (stages and lanes, when no titles are given) that descend from a process.
+
+    `root` is that process; None: this one.
+    """
+    wanted = titles or (b"ray::StageWorker", b"ray::DecodeWorker")
+    ancestor = os.getpid() if root is None else root
     parents: dict[int, int] = {}
     actors = set()
     for entry in Path("/proc").glob("[0-9]*"):
@@ -41,9 +46,9 @@ def actor_processes() -> set[int]:
             continue
         pid = int(entry.name)
         parents[pid] = int(fields[1])
-        if title.startswith((b"ray::StageWorker", b"ray::DecodeWorker")):
+        if title.startswith(wanted):
             actors.add(pid)
-    return {pid for pid in actors if os.getpid() in _ancestors(pid, parents)}
+    return {pid for pid in actors if ancestor in _ancestors(pid, parents)}
 
 
 def _ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:

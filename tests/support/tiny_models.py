@@ -49,10 +49,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 MOE = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 
 
-def make_model(model_type: str, seed: int = 0) -> Any:
+def make_model(model_type: str, seed: int = 0, **sizes: Any) -> Any:
     """A random model whose best two logits are well apart (its head is scaled up)."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(model_type, **(COMMON | ARCHITECTURES[model_type]))
+    config = AutoConfig.for_model(model_type, **(COMMON | ARCHITECTURES[model_type] | sizes))
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():

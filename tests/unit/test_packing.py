@@ -188,7 +188,7 @@ def test_realistic_lengths_leave_less_than_two_percent_empty() -> None:
 
 
 @given(documents=LEARNABLE, sequence_tokens=st.integers(2, 12), epoch=st.integers(0, 2))
-@run_settings(deadline=None)
+@run_settings(deadline=None, max_examples=50)
 def test_an_epoch_holds_every_target_once_after_its_own_predecessor(
     documents: Corpus, sequence_tokens: int, epoch: int
 ) -> None:
@@ -206,7 +206,7 @@ def test_an_epoch_holds_every_target_once_after_its_own_predecessor(
 
 
 @given(documents=LEARNABLE, sequence_tokens=st.integers(2, 12), shuffle=st.booleans())
-@run_settings(deadline=None)
+@run_settings(deadline=None, max_examples=50)
 def test_rows_are_runs_of_a_document_from_position_0(
     documents: Corpus, sequence_tokens: int, shuffle: bool
 ) -> None:
@@ -243,7 +243,7 @@ def test_rows_are_runs_of_a_document_from_position_0(
     seed=st.integers(0, 2**70),
     steps=st.lists(st.integers(0, 40), min_size=1, max_size=6),
 )
-@run_settings(deadline=None)
+@run_settings(deadline=None, max_examples=50)
 def test_a_resumed_run_sees_what_an_unbroken_one_does(
     documents: Corpus, seed: int, steps: list[int]
 ) -> None:
@@ -255,7 +255,7 @@ def test_a_resumed_run_sees_what_an_unbroken_one_does(
 
 
 @given(lengths=st.lists(st.integers(2, 40), min_size=6, max_size=30), shuffle=st.booleans())
-@run_settings(deadline=None)
+@run_settings(deadline=None, max_examples=50)
 def test_sequences_have_no_gap_that_text_could_fill(lengths: list[int], shuffle: bool) -> None:
     batches = batches_of(documents_of(lengths), sequence_tokens=16, shuffle=shuffle)
 

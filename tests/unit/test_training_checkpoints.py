@@ -26,7 +26,7 @@ from cluster.training.checkpoints import (
     TrainingState,
     fixed_settings,
 )
-from cluster.training.settings import DataSettings, TrainingSettings
+from cluster.training_settings import DataSettings, TrainingSettings
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "tests" / "support" / "saving_run.py"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from cluster.training.settings import DataSettings, TrainingSettings
+from cluster.training_settings import DataSettings, TrainingSettings
 
 
 def refusal(**values: Any) -> str:

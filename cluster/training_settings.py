@@ -18,16 +18,33 @@ class DataSettings(_Settings):
     """What is learnt from."""
 
     train: tuple[Path, ...] = Field(min_length=1)
-    """Files or folders: .txt, .jsonl, or a folder written by `datasets`' save_to_disk."""
+    """Files or folders: .txt (a file is one document), .jsonl (a line is one), or a folder written
+    by `datasets`' save_to_disk."""
     held_out: tuple[Path, ...] = ()
-    """The same, never learnt from; empty: `held_out_fraction` of the documents of `train`."""
+    """The same, never learnt from, even where `train` names them too; empty: the validation or test
+    split beside a train split, else `held_out_fraction` of the documents of `train`."""
     held_out_fraction: float = Field(0.01, ge=0, lt=1)
+    """At least one document of two or more; 0: none."""
     format: Literal["auto", "text", "jsonl", "datasets"] = "auto"
+    """auto: by the name, else by how a file begins. text: also every other file of a folder."""
     text_field: str = "text"
     """Of a record that is neither prompt and completion nor messages."""
     train_on_prompts: bool = False
     """Count prompts and other people's messages in the loss too."""
     shuffle: bool = True
+
+
+class CutSettings(_Settings):
+    """The slots of a round, given instead of planned."""
+
+    forward: tuple[int, ...]
+    """Layers of each forward slot, from layer 0 up."""
+    fused: int = Field(ge=0)
+    """Layers of the fused slot, the last ones; 0: the head alone."""
+    backward: tuple[int, ...]
+    """Layers of each backward slot, from the fused slot down to layer 0."""
+    grain: Literal["stage", "layer", "keep"] = "stage"
+    """Of every backward slot: what is recomputed at once, or nothing."""
 
 
 class TrainingSettings(_Settings):
@@ -50,6 +67,9 @@ class TrainingSettings(_Settings):
     idle, since a step's gradients may be one step old and no older."""
     trained_fraction: float = Field(1.0, ge=0, le=1)
     """Share of the weights that has gradients, to plan with; `motley train` counts it itself."""
+
+    cut: CutSettings | None = None
+    """Force the slots; null: they are planned."""
 
     lora: LoraSettings | None = None
     """Train adapters; null: all weights."""
