@@ -38,11 +38,19 @@ class Mailbox:
             self._failure = error
             self._changed.notify_all()
 
-    def has(self, key: Hashable) -> bool:
+    @property
+    def is_cancelled(self) -> bool:
         with self._changed:
-            return key in self._items
+            return self._is_cancelled
 
-    def take(self, key: Hashable, timeout_s: float) -> tuple[Any, float]:
+    def check(self) -> None:
+        """Raise SlotCancelledError once the slot was taken back."""
+        if self.is_cancelled:
+            raise SlotCancelledError
+
+    def take(
+        self, key: Hashable, timeout_s: float, *, cancellable: bool = True
+    ) -> tuple[Any, float]:
         """Return the item, which leaves the box, and the seconds waited for it.
 
         Raises:
@@ -52,9 +60,10 @@ class Mailbox:
         started_s = time.monotonic()
         with self._changed:
             self._changed.wait_for(
-                lambda: key in self._items or self._is_cancelled or self._failure, timeout_s
+                lambda: key in self._items or self._failure or (cancellable and self._is_cancelled),
+                timeout_s,
             )
-            if self._is_cancelled:
+            if cancellable and self._is_cancelled:
                 raise SlotCancelledError
             if self._failure is not None:
                 raise self._failure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,6 +44,15 @@ class SlotKey(NamedTuple):
     attempt: int
 
 
+class KeptKey(NamedTuple):
+    """The activations that a forward slot keeps for the backward slot of the same layers."""
+
+    step: int
+    round: int
+    first_layer: int
+    end_layer: int
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotTask:
     """One visit of some layers to this device."""
@@ -60,8 +68,6 @@ class SlotTask:
     first_micro_batch: int
     scales: LossScales
     is_trained: bool
-    versions: Mapping[str, int]
-    """Of every unit that it needs."""
     declared_s: float | None = None
     """What a paced device takes for one micro-batch."""
     declared_lead_s: float = 0.0

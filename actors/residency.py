@@ -16,16 +16,16 @@ import torch
 from actors.engine.arrays import as_tensor
 from actors.engine.trainable import TrainableModel
 from actors.engine.upload import Upload
-from actors.pool_values import PoolDeviceSpec
-
-_FROZEN = -1
+from actors.pool_values import PoolDeviceSpec, SlotKey
 
 
 class _Part(NamedTuple):
-    """The trained part of a unit in one version, or its frozen part (`_FROZEN`)."""
+    """What is trained, or what is frozen, of a unit."""
 
     unit: str
-    version: int
+    is_frozen: bool
+    object_id: str
+    """A version that is published again, after a weight host died, is another object."""
 
 
 class Residency:
@@ -39,53 +39,48 @@ class Residency:
         self._lock = threading.Lock()
         self._parts: OrderedDict[_Part, Upload] = OrderedDict()
         """Least recently used first."""
-        self._users: dict[_Part, int] = {}
-        self._placed: dict[str, int] = {}
-        self.brought_bytes = 0
+        self._claims: dict[SlotKey, list[_Part]] = {}
+        """What slots need that have not ended."""
+        self._newest: dict[tuple[str, bool], _Part] = {}
+        self._placed: dict[str, frozenset[_Part]] = {}
 
-    def bring(self, versions: Mapping[str, int], weights: Mapping[str, tuple[Any, Any]]) -> None:
-        """Bring what is not here yet; everything stays until `release`."""
+    def bring(self, key: SlotKey, weights: Mapping[str, tuple[Any, Any]]) -> None:
+        """Bring a slot's weights, (trained, frozen) references by unit, that are not here yet;
+        everything stays until `release`."""
         started_s = time.monotonic()
         brought_bytes = 0
-        for unit, version in versions.items():
-            trained, frozen = weights[unit]
-            for part, reference in (
-                (_Part(unit, version), trained),
-                (_Part(unit, _FROZEN), frozen),
-            ):
+        for unit, references in weights.items():
+            for is_frozen, reference in zip((False, True), references, strict=True):
                 if reference is not None:
-                    brought_bytes += self._bring(part, reference)
-        self.brought_bytes += brought_bytes
+                    part = _Part(unit, is_frozen, reference.hex())
+                    brought_bytes += self._bring(key, part, reference)
         if self._host_bytes_per_s:
             # A device with a declared host link takes at least the link's time.
             left_s = started_s + brought_bytes / self._host_bytes_per_s - time.monotonic()
             time.sleep(max(0.0, left_s))
 
-    def place(self, versions: Mapping[str, int]) -> None:
+    def place(self, key: SlotKey) -> None:
         """Put the weights of a slot in force."""
-        for unit, version in versions.items():
-            if self._placed.get(unit) == version:
+        with self._lock:
+            parts = {part: self._parts[part] for part in self._claims.get(key, ())}
+        for unit in dict.fromkeys(part.unit for part in parts):
+            own = frozenset(part for part in parts if part.unit == unit)
+            if self._placed.get(unit) == own:
                 continue
-            with self._lock:
-                trained = self._parts.get(_Part(unit, version))
-                frozen = self._parts.get(_Part(unit, _FROZEN))
-            self._model.place(unit, trained, frozen)
-            self._placed[unit] = version
+            uploads = {part.is_frozen: parts[part] for part in own}
+            self._model.place(unit, uploads.get(False), uploads.get(True))
+            self._placed[unit] = own
 
-    def release(self, versions: Mapping[str, int]) -> None:
+    def release(self, key: SlotKey) -> None:
         """End a slot's claim; what is outdated goes, and what exceeds the room."""
         with self._lock:
-            for unit, version in versions.items():
-                for part in (_Part(unit, version), _Part(unit, _FROZEN)):
-                    if part in self._parts:
-                        self._users[part] -= 1
-                        self._parts.move_to_end(part)
-            newest: dict[str, int] = {}
-            for unit, version in self._parts:
-                newest[unit] = max(newest.get(unit, version), version)
-            free = [part for part in self._parts if not self._users[part]]
+            for part in self._claims.pop(key, ()):
+                if part in self._parts:
+                    self._parts.move_to_end(part)
+            claimed = {part for parts in self._claims.values() for part in parts}
+            free = [part for part in self._parts if part not in claimed]
             for part in free:
-                if part.version not in (_FROZEN, newest[part.unit]):
+                if self._newest[part.unit, part.is_frozen] != part:
                     self._drop(part)
             used_bytes = sum(upload.flat.nbytes for upload in self._parts.values())
             for part in free:
@@ -94,20 +89,19 @@ class Residency:
                 if part in self._parts:
                     used_bytes -= self._drop(part)
 
-    def _bring(self, part: _Part, reference: Any) -> int:
+    def _bring(self, key: SlotKey, part: _Part, reference: Any) -> int:
         with self._lock:
+            self._claims.setdefault(key, []).append(part)
             if part in self._parts:
-                self._users[part] += 1
                 return 0
         upload = self._model.upload(as_tensor(ray.get(reference), self._weight_dtype))
         with self._lock:
             self._parts[part] = upload
-            self._users[part] = 1
+            self._newest[part.unit, part.is_frozen] = part
         return upload.flat.nbytes
 
     def _drop(self, part: _Part) -> int:
-        if self._placed.get(part.unit) == part.version or part.version == _FROZEN:
+        if part in self._placed.get(part.unit, ()):
             self._model.remove(part.unit)
-            self._placed.pop(part.unit, None)
-        self._users.pop(part)
+            del self._placed[part.unit]
         return self._parts.pop(part).flat.nbytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import zip_longest
@@ -24,6 +25,7 @@ from actors.engine.training_values import MicroBatch, RouterLoads
 from actors.mailbox import Mailbox, SlotCancelledError
 from actors.pool_values import (
     BoundaryName,
+    KeptKey,
     MicroBatchReport,
     PoolDeviceSpec,
     SlotKey,
@@ -33,6 +35,8 @@ from actors.pool_values import (
 from actors.residency import Residency
 
 _WEIGHTS = "weights"
+_NUM_ENDED = 64
+"""Ended slots that are remembered, so that what arrives late for them is dropped."""
 Outputs = dict[BoundaryName, torch.Tensor]
 Left = dict[tuple[BoundaryName, int], torch.Tensor]
 """(boundary, micro-batch): results that a slot left on its device."""
@@ -55,8 +59,10 @@ class DeviceWorker:
         )
         self._residency = Residency(self._model, spec)
         self._boxes: dict[SlotKey, Mailbox] = {}
+        self._ended: deque[SlotKey] = deque(maxlen=_NUM_ENDED)
         self._boxes_lock = threading.Lock()
         self._left: Left = {}
+        self._kept: set[KeptKey] = set()
 
     def ready(self) -> None:
         """Return once the constructor is done."""
@@ -65,7 +71,8 @@ class DeviceWorker:
         """Bring a coming slot's weights: (trained, frozen) references by unit."""
         box = self._box(task.key)
         try:
-            self._residency.bring(task.versions, weights)
+            if not box.is_cancelled:
+                self._residency.bring(task.key, weights)
         except Exception as error:  # noqa: BLE001 - raised again by the slot that waits for them
             box.fail(error)
         else:
@@ -99,19 +106,27 @@ class DeviceWorker:
         is_cancelled = False
         gradients: dict[str, torch.Tensor] = {}
         try:
-            box.take(_WEIGHTS, self._spec.wait_timeout_s)
-            self._residency.place(task.versions)
+            # Even a slot that was taken back waits: its claim on weights ends after they came.
+            box.take(_WEIGHTS, self._spec.wait_timeout_s, cancellable=False)
+            box.check()
+            self._residency.place(task.key)
             visit = _Visit(self._model, self._spec, task, box, self._left)
+            if task.is_kept:
+                self._kept.add(visit.kept_key)
             for m, batch in enumerate(batches):
+                box.check()
                 yield from visit.run(m, batch)
+            if task.grain == "keep":
+                self._kept.discard(visit.kept_key)
             self._left = visit.left
             gradients = visit.gradients()
         except SlotCancelledError:
             is_cancelled = True
         finally:
-            self._residency.release(task.versions)
+            self._residency.release(task.key)
             with self._boxes_lock:
                 del self._boxes[task.key]
+                self._ended.append(task.key)
         for gradient in gradients.values():
             yield to_array(gradient)
         yield SlotReport(
@@ -120,12 +135,16 @@ class DeviceWorker:
             is_cancelled=is_cancelled,
         )
 
-    def forget(self, step: int, round_number: int) -> None:
-        """Drop activations that were kept for a round that will not come back."""
-        self._model.drop_kept((step, round_number))
+    def forget_kept(self, keys: tuple[KeptKey, ...] | None = None) -> None:
+        """Drop activations whose backward slot will not come, or will have others; None: all."""
+        for key in self._kept.copy() if keys is None else keys:
+            self._model.drop_kept(key)
+            self._kept.discard(key)
 
     def _box(self, key: SlotKey) -> Mailbox:
         with self._boxes_lock:
+            if key in self._ended:
+                return Mailbox()
             return self._boxes.setdefault(key, Mailbox())
 
 
@@ -145,6 +164,7 @@ class _Visit:
         self._found = found
         self._device = model.device
         self._timeout_s = spec.wait_timeout_s
+        self.kept_key = KeptKey(task.key.step, task.key.round, task.first_layer, task.end_layer)
         self._task = task
         self._box = box
         self._slot = model.open_slot(
@@ -156,7 +176,7 @@ class _Visit:
             scales=task.scales,
             step=task.key.step,
             first_micro_batch=task.first_micro_batch,
-            round_key=(task.key.step, task.key.round),
+            round_key=self.kept_key,
             train=task.is_trained,
             keep=task.is_kept,
         )

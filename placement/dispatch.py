@@ -25,7 +25,7 @@ from placement.pooling.averages import SlotAverages
 from placement.pooling.outlook import Outlook, Progress, SlotVisit
 from placement.pooling.plan_table import PlanTable
 from placement.pooling.pool import SlotOption
-from placement.train import TrainPlan
+from placement.train_plan import TrainPlan
 from placement.training import TrainingCosts
 
 QUEUE_SLOTS = 2
@@ -131,13 +131,17 @@ class SlotDispatcher:
             return None
         outlook = Outlook(now_s, self._free_since_s)
         queues = self._queues(outlook)
-        for at in itertools.islice(pending, LOOKAHEAD_SLOTS):
-            visit = SlotVisit(*at)
-            self._advance(outlook, queues)
+        left = [SlotVisit(*at) for at in itertools.islice(pending, LOOKAHEAD_SLOTS)]
+        undecided = set(left)
+        for visit in left:
+            self._advance(outlook, queues, undecided)
             device_id = self._best_device(visit, outlook, available, blocked=set(queues))
+            if device_id is None:
+                return None
             if device_id in room:
                 return Assignment(*visit, device_id)
             self._add(outlook, visit, Progress(device_id, now_s))
+            undecided.remove(visit)
         return None
 
     def dispatched(
@@ -238,20 +242,31 @@ class SlotDispatcher:
                 queues.setdefault(progress.device_id, deque()).append(visit)
         return queues
 
-    def _advance(self, outlook: Outlook, queues: dict[str, deque[SlotVisit]]) -> None:
+    def _advance(
+        self,
+        outlook: Outlook,
+        queues: dict[str, deque[SlotVisit]],
+        undecided: Collection[SlotVisit],
+    ) -> None:
         """Move to the outlook what waits for nothing but what is there; a queue that is left waits
-        for a slot that is not dispatched."""
+        for a slot that is not decided yet."""
         moved = True
         while moved:
             moved = False
             for device_id in list(queues):
                 queue = queues[device_id]
-                while queue and _inputs_are_known(queue[0], outlook):
+                while queue and self._inputs_are_known(queue[0], outlook, undecided):
                     visit = queue.popleft()
                     self._add(outlook, visit, self._visits[visit])
                     moved = True
                 if not queue:
                     del queues[device_id]
+
+    def _inputs_are_known(
+        self, visit: SlotVisit, outlook: Outlook, undecided: Collection[SlotVisit]
+    ) -> bool:
+        before = SlotVisit(visit.round_index, visit.slot_index - 1)
+        return before in outlook.ends_s or (before not in undecided and before not in self._visits)
 
     def _add(self, outlook: Outlook, visit: SlotVisit, progress: Progress) -> None:
         table = self._table(visit.round_index)
@@ -275,7 +290,8 @@ class SlotDispatcher:
         outlook: Outlook,
         available: Collection[str],
         blocked: Collection[str],
-    ) -> str:
+    ) -> str | None:
+        """Return where a slot is predicted to end first; None: it must wait for memory."""
         table = self._table(visit.round_index)
         options = table.options[visit.slot_index]
         source = table.source(visit.slot_index)
@@ -293,6 +309,11 @@ class SlotDispatcher:
                 f"slot {visit.slot_index} of round {visit.round_index} is to run, but every device "
                 f"that may run it has a slot queued that waits for it; take those back first"
             )
+        if table.kept_with[visit.slot_index] is not None:
+            holders = self._holders(visit.round_index, outlook)
+            able = [device_id for device_id in able if device_id not in holders]
+            if not able:
+                return None
         in_turn = self._devices_in_turn(table, available)
         if in_turn:
             position = visit.round_index * len(table.options) + visit.slot_index
@@ -318,10 +339,26 @@ class SlotDispatcher:
             and self._averages.slow_down(device_id) > 1.0
         )
 
+    def _holders(self, round_index: int, outlook: Outlook) -> set[str]:
+        """Return the devices that keep activations of another round for slots that are not decided.
+
+        A device has the memory for one round's: it runs the backward slots of one before the
+        forward slots of the next.
+        """
+        holders = set()
+        for visit, device_id in outlook.device_of.items():
+            partner = self._table(visit.round_index).kept_with[visit.slot_index]
+            if partner is None or visit.round_index == round_index:
+                continue
+            if SlotVisit(visit.round_index, partner) not in outlook.device_of:
+                holders.add(device_id)
+        return holders
+
     def _keeper(
         self, visit: SlotVisit, source: SlotVisit, outlook: Outlook, available: Collection[str]
     ) -> str:
-        device_id = outlook.device_of.get(source)
+        dispatched = self._visits.get(source)
+        device_id = dispatched.device_id if dispatched else outlook.device_of.get(source)
         if device_id is None or device_id not in available:
             where = "nowhere" if device_id is None else f"on {device_id}, which is gone"
             raise NoDeviceError(
@@ -342,11 +379,6 @@ class SlotDispatcher:
             )
             self._turns[key] = devices if self._is_in_turn else []
         return self._turns[key]
-
-
-def _inputs_are_known(visit: SlotVisit, outlook: Outlook) -> bool:
-    round_index, slot_index = visit
-    return slot_index == 0 or SlotVisit(round_index, slot_index - 1) in outlook.ends_s
 
 
 def _scaled(option: SlotOption, factor: float) -> SlotOption:

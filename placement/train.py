@@ -9,145 +9,32 @@ plans assume equal devices and minimise slots x longest slot).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
 
 from placement.errors import InfeasiblePlanError
+from placement.pooling.bounds import lower_bound_s
+from placement.pooling.cuts import Cut
+from placement.pooling.keeping import kept_cuts
 from placement.pooling.search import CutSimulator, Objective, best_cuts
-from placement.pooling.slot_memory import SlotNeed, devices_of_slots
+from placement.pooling.shortfalls import check_feasible, no_room_to_prefetch, too_small
+from placement.pooling.slot_memory import SlotNeed, devices_of_slots, keeping_needs
 from placement.pooling.slot_prices import SlotPrices
-from placement.pooling.steady import SteadyState, alone_s, steady_state
+from placement.pooling.steady import SteadyState, steady_state
 from placement.simulate import simulate_slots
+from placement.train_plan import DeviceShare, PlannedSlot, TrainPlan
 from placement.training import (
-    Dispatch,
+    Grains,
     RecomputeGrain,
     Slot,
-    SlotKind,
     SlotSchedule,
     TrainingCosts,
 )
 
+__all__ = ["DeviceShare", "PlannedSlot", "TrainPlan", "plan_cut", "plan_train"]
+
 SEARCH_EFFORT = 3_000_000
 """(slot, device) pairs priced while searching: one or two seconds."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedSlot:
-    """One visit per round, on one of the devices that have the memory for it."""
-
-    index: int
-    kind: SlotKind
-    first_layer: int
-    end_layer: int
-    """The fused slot also runs the head; it holds nothing else where this equals `first_layer`."""
-    grain: RecomputeGrain
-    weight_bytes: int
-    resident_bytes: int
-    """Weights, gradients and one micro-batch's activations while it runs. The next slot's weights
-    come on top."""
-    device_ids: tuple[str, ...]
-    micro_batch_s: tuple[float, ...]
-    """Per entry of `device_ids`."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceShare:
-    """What one device is predicted to do."""
-
-    device_id: str
-    node: str
-    busy_s: float
-    """Per round, on average."""
-    busy_fraction: float
-    peak_bytes: int
-    """Its largest slot beside the heaviest weights it may be sent meanwhile."""
-    memory_bytes: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainPlan:
-    """The slots of a round, who may run them, what a round should cost and how good it could be."""
-
-    epoch: int = 0
-    micro_batches: int
-    rounds_per_step: int | None
-    synchronous: bool
-    dispatch: Dispatch
-    slots: tuple[PlannedSlot, ...]
-    devices: tuple[DeviceShare, ...]
-    """In order of id, those left out included."""
-    seconds_per_round: float
-    """In the steady state; when synchronous, of a whole step over its rounds."""
-    idle_fraction: float
-    """Share of the aggregate speed of all devices that could hold a layer, in work or not."""
-    lower_bound_s: float
-    """No dispatch and no other cut with the same fused stage has shorter rounds on the devices that
-    could hold a layer: the work over the aggregate speed (see `plan_train`)."""
-    rounds_in_flight: int
-    """Most rounds begun and not done at once; sizes the boundary activations in host memory."""
-    left_out: tuple[tuple[str, str], ...]
-    """(device id, why it is predicted to run nothing)."""
-
-    @property
-    def gap(self) -> float:
-        """By what share the rounds are longer than the lower bound."""
-        return self.seconds_per_round / self.lower_bound_s - 1.0
-
-    def schedule(self, costs: TrainingCosts) -> SlotSchedule:
-        """Return the plan as input for the simulator.
-
-        Raises:
-            ValueError: `costs` lacks a device of the plan.
-        """
-        missing = {share.device_id for share in self.devices} - set(costs.device_ids)
-        if missing:
-            raise ValueError(f"the costs lack the plan's devices {sorted(missing)}")
-        index = {device_id: position for position, device_id in enumerate(costs.device_ids)}
-        return SlotSchedule(
-            slots=tuple(
-                Slot(kind=slot.kind, first_layer=slot.first_layer, end_layer=slot.end_layer)
-                for slot in self.slots
-            ),
-            micro_batches=self.micro_batches,
-            dispatch=self.dispatch,
-            grains=tuple(slot.grain for slot in self.slots),
-            devices=tuple(
-                tuple(sorted(index[device_id] for device_id in slot.device_ids))
-                for slot in self.slots
-            ),
-            rounds_per_step=self.rounds_per_step,
-            staleness=0 if self.synchronous else 1,
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        value = asdict(self)
-        value["slots"] = [
-            asdict(slot)
-            | {"device_ids": list(slot.device_ids), "micro_batch_s": list(slot.micro_batch_s)}
-            for slot in self.slots
-        ]
-        value["devices"] = [asdict(share) for share in self.devices]
-        value["left_out"] = [list(pair) for pair in self.left_out]
-        return value
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> TrainPlan:
-        """Rebuild a plan from the values of `to_json`."""
-        fields = dict(value)
-        fields["slots"] = tuple(
-            PlannedSlot(
-                **slot
-                | {
-                    "device_ids": tuple(slot["device_ids"]),
-                    "micro_batch_s": tuple(slot["micro_batch_s"]),
-                }
-            )
-            for slot in value["slots"]
-        )
-        fields["devices"] = tuple(DeviceShare(**share) for share in value["devices"])
-        fields["left_out"] = tuple((pair[0], pair[1]) for pair in value["left_out"])
-        return cls(**fields)
+KEEP_GAIN = 0.02
+"""Share by which keeping activations must shorten a round to be planned."""
 
 
 def plan_train(
@@ -156,6 +43,7 @@ def plan_train(
     micro_batches: int,
     rounds_per_step: int | None = 1,
     synchronous: bool = False,
+    grains: Grains = "auto",
     search_effort: int = SEARCH_EFFORT,
 ) -> TrainPlan:
     """Cut the layers into slots so that a round of `micro_batches` takes as little as possible.
@@ -171,10 +59,11 @@ def plan_train(
     fast and slow devices drift apart: more rounds per step leave unequal devices less idle (None:
     no bound). Synchronous: every step starts from an empty pool.
 
-    The lower bound: with L_d the share of device d in the aggregate speed, no round is shorter
-    than any weighted mean of the devices' busy times, hence not than the sum over layer passes of
-    min over d of L_d x seconds on d. Where devices differ by one factor for all layers that is the
-    work over the aggregate speed.
+    Where memory holds activations from forward to backward slots, cuts that keep some are tried as
+    well, unless `grains` is "recompute"; one is planned where it shortens a round by 2 %.
+
+    The lower bound is that of `placement.pooling.bounds`. Where devices differ by one factor for
+    all layers it is the work over the aggregate speed.
 
     Raises:
         InfeasiblePlanError: Some layer or the head fits no device.
@@ -182,21 +71,33 @@ def plan_train(
     """
     _check(micro_batches, rounds_per_step, synchronous, search_effort)
     every = costs.in_order(sorted(range(costs.num_devices), key=lambda d: costs.device_ids[d]))
-    small = _too_small(every)
-    _check_feasible(every)
+    small = too_small(every)
+    check_feasible(every)
     able = every.in_order([d for d in range(every.num_devices) if every.device_ids[d] not in small])
     objective = Objective(micro_batches, rounds_per_step, synchronous)
     simulator = CutSimulator(able, objective)
+    cuts = best_cuts(simulator, search_effort)
+    if not cuts:
+        raise InfeasiblePlanError(no_room_to_prefetch(able))
+    schedule, outcome = _best(simulator, cuts)
+    kept = [] if grains == "recompute" else kept_cuts(simulator, cuts, search_effort)
+    if kept:
+        keeping = _best(simulator, kept)
+        if keeping[1].seconds_per_round < (1.0 - KEEP_GAIN) * outcome.seconds_per_round:
+            schedule, outcome = keeping
+    return _assemble(every, able, schedule, outcome, small)
+
+
+def _best(simulator: CutSimulator, cuts: Sequence[Cut]) -> tuple[SlotSchedule, SteadyState]:
+    """Return the cut whose rounds are shortest when they are measured for long."""
     candidates = []
-    for cut in best_cuts(simulator, search_effort):
+    for cut in cuts:
         schedule = simulator.schedule(cut)
         assert schedule is not None
-        outcome = _outcome(able, schedule)
+        outcome = _outcome(simulator.costs, schedule)
         candidates.append((outcome.seconds_per_round, cut.num_slots, cut, schedule, outcome))
-    if not candidates:
-        raise InfeasiblePlanError(_no_room_to_prefetch(able))
     _, _, _, schedule, outcome = min(candidates, key=lambda candidate: candidate[:3])
-    return _assemble(every, able, schedule, outcome, small)
+    return schedule, outcome
 
 
 def plan_cut(
@@ -228,12 +129,17 @@ def plan_cut(
         )
         for slot, chosen in zip(slots, grains, strict=True)
     ]
+    if grain == "keep":
+        pairs = _mirrored_pairs(slots)
+        needs = keeping_needs(prices, slots, needs, pairs, micro_batches)
     devices = devices_of_slots(needs, every.memory_bytes)
     if devices is None:
         most_bytes = max(need.resident_bytes + need.weight_bytes for need in needs)
+        kept_bytes = sum(need.kept_bytes for need in needs)
+        also = f" beside {kept_bytes} bytes that are kept" if kept_bytes else ""
         raise InfeasiblePlanError(
-            f"a slot of the given cut needs {most_bytes} bytes with the next one's weights; the "
-            f"devices offer {', '.join(map(str, every.memory_bytes))}. Give smaller slots, or "
+            f"a slot of the given cut needs {most_bytes} bytes with the next one's weights{also}; "
+            f"the devices offer {', '.join(map(str, every.memory_bytes))}. Give smaller slots, or "
             f"leave the cut to the planner"
         )
     is_free = grain != "keep" and all(len(row) == every.num_devices for row in devices)
@@ -246,7 +152,28 @@ def plan_cut(
         rounds_per_step=rounds_per_step,
         staleness=0 if synchronous else 1,
     )
-    return _assemble(every, every, schedule, _outcome(every, schedule), {})
+    outcome = _outcome(every, schedule)
+    return _assemble(every, every, schedule, outcome, {})
+
+
+def _mirrored_pairs(slots: Sequence[Slot]) -> list[tuple[int, int]]:
+    """Return every backward slot with the forward slot that holds the same layers."""
+    forward = {
+        (slot.first_layer, slot.end_layer): index
+        for index, slot in enumerate(slots)
+        if slot.kind == "forward"
+    }
+    pairs = []
+    for index, slot in enumerate(slots):
+        if slot.kind == "backward":
+            layers = slot.first_layer, slot.end_layer
+            if layers not in forward:
+                raise ValueError(
+                    f"no forward slot holds just the layers [{layers[0]}, {layers[1]}) of backward "
+                    f"slot {index}, so nothing can be kept for it; give grain stage or layer"
+                )
+            pairs.append((forward[layers], index))
+    return pairs
 
 
 def _check_cover(costs: TrainingCosts, slots: Sequence[Slot]) -> None:
@@ -285,56 +212,6 @@ def _outcome(costs: TrainingCosts, schedule: SlotSchedule) -> SteadyState:
     )
 
 
-def _finest_needs(costs: TrainingCosts) -> list[tuple[str, int]]:
-    """Return (what, bytes) of every slot that cannot be made smaller."""
-    prices = SlotPrices(costs)
-    last = costs.num_layers
-    head = Slot(kind="fused", first_layer=last, end_layer=last)
-    needs = [("the head", prices.alone_bytes(head, "none"))]
-    for layer in range(costs.num_layers):
-        forward = Slot(kind="forward", first_layer=layer, end_layer=layer + 1)
-        backward = Slot(kind="backward", first_layer=layer, end_layer=layer + 1)
-        needs.append((f"layer {layer}, forward", prices.alone_bytes(forward, "none")))
-        needs.append((f"layer {layer}, backward", prices.alone_bytes(backward, "layer")))
-    return needs
-
-
-def _too_small(costs: TrainingCosts) -> dict[str, str]:
-    """Return why each device that holds no slot at all is left out."""
-    what, least_bytes = min(_finest_needs(costs), key=lambda need: need[1])
-    return {
-        device_id: (
-            f"its {cap} bytes hold no slot; the smallest ({what}) needs {least_bytes}, weights "
-            f"twice because the next slot's are brought meanwhile"
-        )
-        for device_id, cap in zip(costs.device_ids, costs.memory_bytes, strict=True)
-        if cap < least_bytes
-    }
-
-
-def _check_feasible(costs: TrainingCosts) -> None:
-    what, need_bytes = max(_finest_needs(costs), key=lambda need: need[1])
-    cap, device_id = max(zip(costs.memory_bytes, costs.device_ids, strict=True))
-    if need_bytes > cap:
-        raise InfeasiblePlanError(
-            f"{what} needs {need_bytes} bytes (weights twice, because the next slot's are brought "
-            f"meanwhile, gradients, and one micro-batch's activations); the roomiest of "
-            f"{costs.num_devices} devices, {device_id}, offers {cap} after headroom. Use fewer "
-            f"sequences or tokens per micro-batch, a smaller dtype or frozen weights, lower "
-            f"headroom_fraction, or add a device with more memory."
-        )
-
-
-def _no_room_to_prefetch(costs: TrainingCosts) -> str:
-    what, need_bytes = max(_finest_needs(costs), key=lambda need: need[1])
-    return (
-        f"every layer fits some device alone, but in no tried cut does every slot find one that "
-        f"also has room for the next slot's weights: {what} needs {need_bytes} bytes, and the "
-        f"devices offer {', '.join(map(str, costs.memory_bytes))}. Use fewer sequences or tokens "
-        f"per micro-batch, lower headroom_fraction, or add memory or devices."
-    )
-
-
 def _assemble(
     every: TrainingCosts,
     able: TrainingCosts,
@@ -356,7 +233,8 @@ def _assemble(
                 # An average over a window may count a visit that began before it.
                 busy_fraction=min(1.0, busy / outcome.seconds_per_round),
                 peak_bytes=max((slot.resident_bytes for slot in own), default=0)
-                + max((slot.weight_bytes for slot in own), default=0),
+                + max((slot.weight_bytes for slot in own), default=0)
+                + sum(slot.kept_bytes for slot in own),
                 memory_bytes=cap,
             )
         )
@@ -372,7 +250,7 @@ def _assemble(
         seconds_per_round=outcome.seconds_per_round,
         idle_fraction=outcome.idle_fraction,
         # Rounding alone could put the bound a hair above a plan that meets it.
-        lower_bound_s=min(_lower_bound_s(able, schedule), outcome.seconds_per_round),
+        lower_bound_s=min(lower_bound_s(able, schedule), outcome.seconds_per_round),
         rounds_in_flight=outcome.rounds_in_flight,
         left_out=tuple(left_out),
     )
@@ -388,13 +266,25 @@ def _planned_slots(costs: TrainingCosts, schedule: SlotSchedule) -> tuple[Planne
             first_layer=slot.first_layer,
             end_layer=slot.end_layer,
             grain=grain,
-            weight_bytes=prices.weight_bytes(slot),
+            weight_bytes=prices.weight_bytes(slot, grain),
             resident_bytes=prices.resident_bytes(slot, grain),
+            kept_with=partner,
+            kept_bytes=(
+                prices.kept_bytes(slot, schedule.micro_batches)
+                if slot.kind == "forward" and partner is not None
+                else 0
+            ),
             device_ids=tuple(costs.device_ids[device] for device in devices),
             micro_batch_s=tuple(option.total_s for option in prices.options(slot, grain, devices)),
         )
-        for index, (slot, grain, devices) in enumerate(
-            zip(schedule.slots, schedule.grain_list, schedule.devices, strict=True)
+        for index, (slot, grain, devices, partner) in enumerate(
+            zip(
+                schedule.slots,
+                schedule.grain_list,
+                schedule.devices,
+                schedule.kept_with,
+                strict=True,
+            )
         )
     )
 
@@ -411,26 +301,3 @@ def _why_left_out(
         return f"another device is predicted to finish each of its {len(own)} slots first"
     least_bytes = min(slot.resident_bytes + slot.weight_bytes for slot in slots)
     return f"the plan's smallest slot needs {least_bytes} bytes with the next one's weights"
-
-
-def _lower_bound_s(costs: TrainingCosts, schedule: SlotSchedule) -> float:
-    speeds = [1.0 / seconds for seconds in alone_s(SlotPrices(costs), schedule)]
-    shares = [speed / sum(speeds) for speed in speeds]
-    first_fused = next(slot.first_layer for slot in schedule.slots if slot.kind == "fused")
-
-    def least_s(*seconds: float) -> float:
-        return min(share * value for share, value in zip(shares, seconds, strict=True))
-
-    devices = range(costs.num_devices)
-    total_s = least_s(*(costs.head_forward_s[d] + costs.head_backward_s[d] for d in devices))
-    for layer in range(costs.num_layers):
-        if layer < first_fused:
-            total_s += least_s(*(costs.forward_s[d][layer] for d in devices))
-            total_s += least_s(
-                *(costs.recompute_s[d][layer] + costs.backward_s[d][layer] for d in devices)
-            )
-        else:
-            total_s += least_s(
-                *(costs.forward_s[d][layer] + costs.backward_s[d][layer] for d in devices)
-            )
-    return schedule.micro_batches * total_s

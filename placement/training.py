@@ -18,6 +18,8 @@ RecomputeGrain = Literal["none", "stage", "layer", "keep"]
 """What a slot repeats before its backward passes: nothing (forward and fused slots), the whole
 stage at once, or one layer at a time, which keeps one layer's activations instead of all. "keep":
 nothing either, because a forward slot of the same layers kept its activations on this device."""
+Grains = Literal["auto", "recompute"]
+"""What a planner may choose from: anything, or nothing that keeps activations."""
 Dispatch = Literal["earliest_finish", "round_robin"]
 """Which device a slot goes to: the one that is predicted to finish the slot's whole round first
 (ties to the lowest index), or slot i, counted over all rounds, to device i mod D."""

@@ -144,16 +144,20 @@ def training_costs(
     workload: TrainingWorkload,
     *,
     headroom_fraction: float = 0.1,
+    hand_off_s: float = 0.0,
 ) -> TrainingCosts:
     """Price one micro-batch of every layer on every device, for `placement.train`.
 
     Weights come from the host memory of the device's own node. The embedding belongs to layer 0.
-    Activations that differ between devices are taken at their largest.
+    Activations that differ between devices are taken at their largest. A hand-off between two
+    devices takes at least `hand_off_s`: what the control plane takes to pass one result on.
 
     Raises:
         InfeasiblePlanError: Two nodes cannot reach each other; a pool hands on between any two.
-        ValueError: The headroom is too small.
+        ValueError: The headroom is too small, or `hand_off_s` is below 0 or not finite.
     """
+    if not (math.isfinite(hand_off_s) and hand_off_s >= 0):
+        raise ValueError(f"hand_off_s ({hand_off_s}) must be 0 or more and finite")
     devices, layers = topology.devices, profile.layers
     kinds = list(dict.fromkeys(layers))
     rows = [_layer_rows(device, profile, workload) for device in devices]
@@ -168,7 +172,10 @@ def training_costs(
         head_forward_s=tuple(_head(device, profile, workload).forward_s for device in devices),
         head_backward_s=tuple(_head(device, profile, workload).backward_s for device in devices),
         hand_off_s=tuple(
-            tuple(_hand_off_s(topology, source, target, boundary_bytes) for target in devices)
+            tuple(
+                _hand_off_s(topology, source, target, boundary_bytes, hand_off_s)
+                for target in devices
+            )
             for source in devices
         ),
         weight_upload_s=tuple(
@@ -208,10 +215,12 @@ def _head(device: Device, profile: ModelProfile, workload: TrainingWorkload) -> 
     return layer_training_s(device, profile.head, workload.tokens, 0)
 
 
-def _hand_off_s(topology: Topology, source: Device, target: Device, num_bytes: int) -> float:
+def _hand_off_s(
+    topology: Topology, source: Device, target: Device, num_bytes: int, least_s: float
+) -> float:
     if source.id == target.id:
         return 0.0
-    return transfer_s(topology.link(source.node, target.node), num_bytes)
+    return max(least_s, transfer_s(topology.link(source.node, target.node), num_bytes))
 
 
 def _upload_s(device: Device, num_bytes: int) -> float:

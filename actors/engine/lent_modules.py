@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -131,16 +132,16 @@ class LentModules:
     @torch.no_grad()
     def rows(self, batch: MicroBatch) -> Rows:
         """Bring a micro-batch to the device."""
-        positions_BT = torch.tensor(batch.positions_BT, device=self.device)
+        positions_BT = self._bring(batch.positions_BT)
         # The rotary embedding asks its first argument for type and device alone.
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return Rows(
             batch=batch,
-            tokens_BT=torch.tensor(batch.tokens_BT, device=self.device),
+            tokens_BT=self._bring(batch.tokens_BT),
             positions_BT=positions_BT,
             rotary=self._rotary(like, positions_BT),
             packed=PackedDocuments(batch.documents_BT),
-            real_S=torch.tensor(batch.documents_BT.reshape(-1) != PADDING, device=self.device),
+            real_S=self._bring(batch.documents_BT.reshape(-1) != PADDING),
         )
 
     @torch.no_grad()
@@ -171,6 +172,13 @@ class LentModules:
     def set_head_dropout(self, dropout_seed: int | None) -> None:
         """Do for the head what `run_layer` does for a layer."""
         self._set_dropout(self._head, dropout_seed)
+
+    def _bring(self, values: npt.NDArray[Any]) -> torch.Tensor:
+        """Copy to the device; on CUDA without waiting for what it computes."""
+        tensor = torch.tensor(values)
+        if self.device.type != "cuda":
+            return tensor
+        return tensor.pin_memory().to(self.device, non_blocking=True)
 
     def _set_dropout(self, module: torch.nn.Module, seed: int | None) -> None:
         if not self.has_dropout:

@@ -161,10 +161,12 @@ def _attend(
     mask = packed.mask(length, options.window, query, has_sink=has_sink)
     if options.sinks_H is not None:
         query, key, value = _with_sink(query, key, value, options.sinks_H / scale)
-    groups = query.shape[1] // key.shape[1]
-    # With a mask, the kernel that needs no matrix of scores on CUDA knows no grouped heads.
-    if mask is not None and groups > 1:
-        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    num_groups = query.shape[1] // key.shape[1]
+    # On CUDA, the kernel that takes a mask, or float32, without a matrix of scores wants equally
+    # many heads.
+    is_grouped = num_groups > 1 and mask is None and _groups_heads(query)
+    if num_groups > 1 and not is_grouped:
+        key, value = (tensor.repeat_interleave(num_groups, 1) for tensor in (key, value))
     out = functional.scaled_dot_product_attention(
         query,
         key,
@@ -173,9 +175,13 @@ def _attend(
         dropout_p=options.dropout,
         is_causal=mask is None,
         scale=scale,
-        enable_gqa=mask is None and groups > 1,
+        enable_gqa=is_grouped,
     )
     return out[:, :, 1:, :head_dim] if has_sink else out
+
+
+def _groups_heads(query: torch.Tensor) -> bool:
+    return query.device.type != "cuda" or query.dtype != torch.float32
 
 
 def _with_sink(

@@ -10,7 +10,8 @@ Shapes: S rows of a micro-batch, E experts, K experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -37,10 +38,14 @@ class RouterLogits:
                     lambda _module, _inputs, output: self._caught.append(output[index])
                 )
 
-    def take(self) -> list[torch.Tensor]:
-        """Return the logits, each (S, E), of the layers that ran since the last call."""
-        caught, self._caught = self._caught, []
-        return caught
+    @contextmanager
+    def caught(self) -> Iterator[list[torch.Tensor]]:
+        """Yield a list to which every layer that runs in the block adds its logits, (S, E)."""
+        self._caught = []
+        try:
+            yield self._caught
+        finally:
+            self._caught = []
 
 
 def router_loads(

@@ -238,11 +238,12 @@ class SlotRun:
         saved: dict[int, torch.Tensor] | None = None,
     ) -> Graph:
         hidden = entered_BTH
-        for layer in range(first_layer, end_layer):
-            if saved is not None and layer > first_layer and layer in self._visit.saves:
-                saved[layer] = hidden.detach()
-            hidden = self._modules.run_layer(layer, hidden, rows, self._dropout_seed(m, layer))
-        return Graph(first_layer, entered_BTH, hidden, self._modules.router_logits.take())
+        with self._modules.router_logits.caught() as logits:
+            for layer in range(first_layer, end_layer):
+                if saved is not None and layer > first_layer and layer in self._visit.saves:
+                    saved[layer] = hidden.detach()
+                hidden = self._modules.run_layer(layer, hidden, rows, self._dropout_seed(m, layer))
+        return Graph(first_layer, entered_BTH, hidden, logits)
 
     def _repeat(
         self, m: int, rows: Rows, saved: Mapping[int, torch.Tensor], first: int, end: int
@@ -289,8 +290,10 @@ class SlotRun:
 
     def _router_weights(self, loads: RouterLoads | None) -> torch.Tensor | None:
         scale = self._visit.scales.router
-        if not scale or loads is None:
+        if not scale or not self._modules.router_logits.has_routers:
             return None
+        if loads is None:
+            raise ValueError("a router loss needs the loads of all layers; none were given")
         return router_weights(loads, scale, self._modules.device)
 
     def _kept_key(self, m: int) -> KeptKey:

@@ -21,6 +21,8 @@ class Output:
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
         self._has_result = False
+        # What others print later, to a `sys.stdout` that was replaced, is none of the result.
+        self._stdout = sys.stdout
         self.errors = _console(sys.stderr)
         self._results = _console(sys.stdout)
 
@@ -35,8 +37,8 @@ class Output:
 
     def line(self, value: Mapping[str, Any]) -> None:
         """Write one JSON document."""
-        sys.stdout.write(json.dumps(value) + "\n")
-        sys.stdout.flush()
+        self._stdout.write(json.dumps(value) + "\n")
+        self._stdout.flush()
 
     def failure(self, value: Mapping[str, Any]) -> None:
         """Write why there is no result; after a result (which says it too) nothing is added."""
@@ -45,8 +47,8 @@ class Output:
 
     def text(self, text: str) -> None:
         """Write a piece of streamed text as it is."""
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        self._stdout.write(text)
+        self._stdout.flush()
 
     def note(self, *parts: RenderableType) -> None:
         """Say something beside the result."""

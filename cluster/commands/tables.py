@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from placement.front import StageFront
 from placement.shards import ShardsPlan
 from placement.stages import StagesPlan
 from placement.train import TrainPlan
+from placement.training import RecomputeGrain
 
 _FRONT_ROWS = 10
 _TRAINING_ROWS = 24
@@ -163,7 +165,12 @@ def training_table(plan: TrainPlan) -> Table:
     )
     for heading in ("device", "node"):
         table.add_column(heading)
-    for heading in ("busy s", "busy", "peak", "of memory"):
+    kept_bytes = {
+        share.device_id: sum(s.kept_bytes for s in plan.slots if share.device_id in s.device_ids)
+        for share in plan.devices
+    }
+    keeps = any(kept_bytes.values())
+    for heading in ("busy s", "busy", *(["kept"] if keeps else []), "peak", "of memory"):
         table.add_column(heading, justify="right")
     for share in plan.devices[:_TRAINING_ROWS]:
         table.add_row(
@@ -171,6 +178,7 @@ def training_table(plan: TrainPlan) -> Table:
             Text(share.node),
             f"{share.busy_s:.3f}",
             f"{share.busy_fraction:.0%}",
+            *([format_bytes(kept_bytes[share.device_id])] if keeps else []),
             format_bytes(share.peak_bytes),
             f"{share.peak_bytes / share.memory_bytes:.0%}",
         )
@@ -183,9 +191,22 @@ def training_summary(plan: TrainPlan) -> Text:
     lines = [
         f"{plan.seconds_per_round:.3f} s a round (bound {plan.lower_bound_s:.3f} s, gap "
         f"{plan.gap:.1%}); the pool idles {plan.idle_fraction:.1%} of its aggregate speed",
-        f"{forward} forward slots, 1 fused, {len(plan.slots) - forward - 1} backward",
+        f"{forward} forward slots, 1 fused, {len(plan.slots) - forward - 1} backward"
+        f"{_grains(plan)}",
     ]
     return Text("\n".join(lines + left_out_lines(plan.left_out)))
+
+
+def _grains(plan: TrainPlan) -> str:
+    """Say what the backward slots repeat."""
+    counts = Counter(slot.grain for slot in plan.slots if slot.kind == "backward")
+    told: dict[RecomputeGrain, str] = {
+        "stage": "recompute their stage at once",
+        "layer": "recompute layer by layer",
+        "keep": "use kept activations",
+    }
+    parts = [f"{counts[grain]} {what}" for grain, what in told.items() if counts[grain]]
+    return f" ({', '.join(parts)})" if parts else ""
 
 
 def status_table(stages: list[Mapping[str, Any]]) -> Table:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
 
-from actors.pool_values import MicroBatchReport, SlotKey, SlotReport, SlotTask
+from actors.pool_values import KeptKey, MicroBatchReport, SlotKey, SlotReport, SlotTask
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.hosts import WeightHosts
 from cluster.training.rounds import Boundary, Round, Visit
@@ -29,6 +29,10 @@ from placement.trace import Event
 from placement.train import PlannedSlot
 
 _ATTEMPTS = itertools.count()
+_SILENCE_S = 60.0
+_SILENCE_FACTOR = 20.0
+"""A device that has all that its slot needs, and streams nothing for so long, or for so many times
+what the slot should take, hangs."""
 
 
 @dataclass(eq=False)
@@ -44,6 +48,10 @@ class PooledDevice:
     """Since the pool began."""
     late_s: float = 0.0
     """Paced only: by how much real work outlasted declared time."""
+    heard_s: float = 0.0
+    """When it last streamed something, or was given something."""
+    suspected_s: float | None = None
+    """`heard_s` when it was found silent for too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +117,8 @@ class SlotExecutor:
     def pump(self) -> None:
         """Dispatch what may be dispatched."""
         self.no_device = None
+        if self._pending and not self.devices:
+            self.no_device = "every device is lost"
         while self._failure is None and self.dispatcher is not None:
             try:
                 choice = self.dispatcher.choose(
@@ -142,12 +152,36 @@ class SlotExecutor:
                 done.exception()  # retrieved: whoever awaits it raises it again
 
     async def dispatched(self) -> None:
-        """Wait until every submitted visit has been sent to a device."""
+        """Wait until every submitted visit has been sent to a device.
+
+        Raises what `fail` was called with.
+        """
         while self._pending and self._failure is None:
             self._progress.clear()
             await self._progress.wait()
         if self._failure is not None:
             raise self._failure
+
+    def lose_silent(self) -> None:
+        """Count devices as lost that hang; to be called now and then."""
+        now_s = self._now_s()
+        for pooled in list(self.devices.values()):
+            if not pooled.queue or not pooled.queue[0].is_fed:
+                continue
+            silent_s = now_s - pooled.heard_s
+            if silent_s <= max(_SILENCE_S, _SILENCE_FACTOR * self._expected_s(pooled.queue[0])):
+                continue
+            if pooled.suspected_s == pooled.heard_s:
+                self._lose(pooled, f"it has all that its slot needs and hung for {silent_s:.0f} s")
+            else:
+                # What it sent may be unread yet, when it was this process that stood still.
+                pooled.suspected_s = pooled.heard_s
+
+    def _expected_s(self, visit: Visit) -> float:
+        assert self.dispatcher is not None
+        assert visit.device_id is not None
+        seconds = self.dispatcher.slot_seconds(*visit.order, visit.device_id)
+        return visit.round.num_micro_batches * seconds
 
     async def drain(self) -> None:
         """Give up everything that runs, and wait until it is over."""
@@ -155,6 +189,7 @@ class SlotExecutor:
         for pooled in self.devices.values():
             for visit in pooled.queue:
                 self._cancel(visit, pooled)
+            pooled.actor.forget_kept.options(concurrency_group="slots").remote()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -164,14 +199,19 @@ class SlotExecutor:
         units = self._hooks.units_of(visit.slot)
         visit.device_id = pooled.device.id
         before = pooled.last
-        follows = before is not None and before.order == (visit.order[0], visit.slot.index - 1)
+        follows = (
+            before is not None
+            and before.device_id == pooled.device.id  # else it was taken back, and runs elsewhere
+            and before.order == (visit.order[0], visit.slot.index - 1)
+        )
         visit.local_from = before if follows else None
         visit.attempt = next(_ATTEMPTS)
         pooled.queue.append(visit)
+        pooled.heard_s = self._now_s()
         pooled.last = visit
         round_ = visit.round
         self.dispatcher.dispatched(*visit.order, pooled.device.id, now_s=self._now_s())
-        task = self._task(visit, pooled, units)
+        task = self._task(visit, pooled)
         weights = self._weights.table.references(units, round_.version)
         pooled.actor.prepare.options(concurrency_group="weights").remote(task, weights)
         stream = pooled.actor.run_slot.options(
@@ -180,7 +220,7 @@ class SlotExecutor:
         self._spawn(self._follow(visit, visit.attempt, pooled, stream))
         self._feed(visit)
 
-    def _task(self, visit: Visit, pooled: PooledDevice, units: tuple[str, ...]) -> SlotTask:
+    def _task(self, visit: Visit, pooled: PooledDevice) -> SlotTask:
         assert self.dispatcher is not None
         slot, round_ = visit.slot, visit.round
         declared_s, lead_s = None, 0.0
@@ -197,7 +237,6 @@ class SlotExecutor:
             first_micro_batch=round_.first_micro_batch,
             scales=round_.scales,
             is_trained=round_.is_trained,
-            versions=dict.fromkeys(units, round_.version),
             declared_s=declared_s,
             declared_lead_s=lead_s,
             needs_saved=any(boundary.kind == "hidden" for boundary in visit.needs),
@@ -207,9 +246,11 @@ class SlotExecutor:
         """Send a running visit the inputs that exist by now."""
         if visit.device_id is None or visit.is_done:
             return
-        actor = self.devices[visit.device_id].actor
+        pooled = self.devices[visit.device_id]
+        actor = pooled.actor
         for kind in visit.kinds:
             while visit.has_next(kind):
+                pooled.heard_s = self._now_s()
                 m = visit.num_fed[kind]
                 names = visit.boundaries(kind)
                 is_local = visit.is_local(kind, m)
@@ -256,10 +297,11 @@ class SlotExecutor:
             round_.outputs[Boundary(*name), m] = reference  # type: ignore[arg-type]
         visit.left[m] = report.is_left
         round_.note(visit.slot, m, report.loads, report.loss)
+        now_s = self._now_s()
         reader.busy_s += report.busy_s
         pooled.busy_s += report.busy_s
         pooled.late_s += report.late_s
-        now_s = self._now_s()
+        pooled.heard_s = now_s
         self.dispatcher.progressed(*visit.order, now_s=now_s)
         if self._hooks.on_event is not None:
             self._hooks.on_event(
@@ -283,6 +325,7 @@ class SlotExecutor:
         round_ = visit.round
         visit.is_done = True
         pooled.queue.remove(visit)
+        pooled.heard_s = self._now_s()
         if round_.is_trained:
             micro_batch_s = max(reader.busy_s / round_.num_micro_batches, 1e-9)
             self.dispatcher.finished(*visit.order, now_s=self._now_s(), micro_batch_s=micro_batch_s)
@@ -321,9 +364,25 @@ class SlotExecutor:
             for visit in stuck:
                 self._cancel(visit, other)
                 other.queue.remove(visit)
-            self._repend(stuck)
+            self._repend([*stuck, *self._forget_kept(stuck, other)])
         self._hooks.on_device_lost(device_id, reason, len(lost))
         self.pump()
+
+    def _forget_kept(self, taken_back: list[Visit], pooled: PooledDevice) -> list[Visit]:
+        """Drop what was kept for slots that may have used some of it up; returns who kept it."""
+        again, keys = [], []
+        for visit in taken_back:
+            partner = visit.round.partner(visit.slot)
+            if partner is None:
+                continue
+            if visit.slot.kind == "forward":
+                keys.append(_kept_key(visit))
+            elif partner.is_done:
+                keys.append(_kept_key(partner))
+                again.append(partner)
+        if keys:
+            pooled.actor.forget_kept.options(concurrency_group="slots").remote(tuple(keys))
+        return again
 
     def _repend(self, visits: list[Visit]) -> None:
         assert self.dispatcher is not None
@@ -374,6 +433,11 @@ class _Reader:
         kept, self._kept = self._kept, []
         self._left -= 1
         return kept
+
+
+def _kept_key(forward: Visit) -> KeptKey:
+    slot, round_ = forward.slot, forward.round
+    return KeptKey(round_.step, round_.number, slot.first_layer, slot.end_layer)
 
 
 def _key(visit: Visit) -> SlotKey:

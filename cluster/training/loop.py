@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import ray
 import torch
@@ -32,11 +33,15 @@ from cluster.training.events import (
     TrainingFinished,
     TrainingStarted,
 )
+from cluster.training.executor import SlotExecutor
 from cluster.training.job import TrainingJob
 from cluster.training.machines import Machines
 from cluster.training.nonfinite import one_of, where_not_finite
 from cluster.training.rounds import Round
 from placement.topology import Topology
+
+_MOST_HOST_LOSSES = 5
+"""Between two checkpoints; what kills weight hosts so often will go on doing so."""
 
 
 @dataclass
@@ -82,6 +87,8 @@ class TrainingLoop:
         self._step = job.first_step
         """Optimizer steps done."""
         self._progress = _Progress(0, [], 0.0, 0.0)
+        self._num_host_losses = 0
+        """Since the last checkpoint."""
 
     async def train(self, began_s: float) -> None:
         """Train to the last step, or until asked to stop; a checkpoint is the last thing done.
@@ -93,8 +100,11 @@ class TrainingLoop:
         self._progress = _Progress(
             state.tokens_seen if state else 0, list(state.losses if state else ()), began_s, began_s
         )
-        await self._machines.start()
-        await self._load()
+        try:
+            await self._machines.start()
+            await self._load()
+        except HostsLostError as error:
+            await self._recover(error)
         self._tell(
             TrainingStarted(
                 first_step=self._step,
@@ -137,10 +147,28 @@ class TrainingLoop:
         try:
             await self._run_steps(self._step, end)
             await self._save()
+            self._num_host_losses = 0
         except HostsLostError as error:
-            await self._machines.restart_hosts()
-            await self._load()
-            self._tell(HostsLost(reason=str(error), from_step=self._step))
+            await self._recover(error)
+
+    async def _recover(self, error: HostsLostError) -> None:
+        """Start weight hosts again and load the newest checkpoint, though more of them die."""
+        while True:
+            self._num_host_losses += 1
+            if self._num_host_losses > _MOST_HOST_LOSSES:
+                raise TrainingError(
+                    f"{error}; it has happened {self._num_host_losses} times without a checkpoint "
+                    f"in between. Find what ends weight hosts (too little memory, most likely), "
+                    f"then run with --resume"
+                ) from error
+            try:
+                await self._machines.restart_hosts()
+                await self._load()
+            except HostsLostError as again:
+                error = again
+            else:
+                break
+        self._tell(HostsLost(reason=str(error), from_step=self._step))
 
     async def _run_steps(self, first: int, end: int) -> None:
         """Run steps [first, end), or fewer when asked to stop; the pool is drained at the end."""
@@ -158,6 +186,7 @@ class TrainingLoop:
                 if finishing is not None:
                     await finishing
                 finishing = asyncio.create_task(self._finish(under_way))
+                finishing.add_done_callback(partial(_pass_on_error, executor))
             if finishing is not None:
                 await finishing
         except BaseException as error:
@@ -175,7 +204,7 @@ class TrainingLoop:
         scales = LossScales(1.0 / targets, coefficient / len(batches))
         rounds, done = [], []
         for number in range(settings.rounds_per_step):
-            await self._machines.room()
+            await self._machines.executor.dispatched()
             start = number * settings.micro_batches
             round_ = self._round(
                 step,
@@ -329,6 +358,12 @@ class TrainingLoop:
             f"lengthen its warmup_steps ({self._settings.optimizer.warmup_steps}), or look at the "
             f"data of that step"
         )
+
+
+def _pass_on_error(executor: SlotExecutor, finishing: asyncio.Task[None]) -> None:
+    """Let what waits for the weights of a step hear that they will not come."""
+    if not finishing.cancelled() and (error := finishing.exception()) is not None:
+        executor.fail(error)
 
 
 def _losses(under_way: _Step) -> tuple[float, float | None]:

@@ -51,6 +51,7 @@ from placement.train import PlannedSlot
 
 _log = logging.getLogger(__name__)
 _REVIVE_EVERY_S = 2.0
+_WATCH_EVERY_S = 2.0
 _NO_DEVICE_TIMEOUT_S = 120.0
 _WAIT_TIMEOUT_S = 600.0
 """Longest wait of a slot for its inputs; a driver that is gone ends its devices anyway."""
@@ -79,7 +80,7 @@ class Machines:
         self._plan = self._planner.first
         self._is_outdated = False
         self._started: dict[str, StartedDevice] = {}
-        self._reviving: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._traced: list[Event] | None = [] if trace else None
         self._busy_mark: tuple[float, dict[str, float]] = (0.0, {})
         self.weights = WeightHosts(
@@ -91,14 +92,23 @@ class Machines:
         """Start devices and weight hosts.
 
         Raises:
-            TrainingError: One of them does not come up.
+            TrainingError: One of them does not come up. HostsLostError: a weight host; the devices
+                are up.
         """
         self._tell_plan()
         specs = [self._spec(device) for device in self._topology.devices if self._is_used(device)]
-        devices, _ = await asyncio.gather(start_devices(specs, self._hosts), self._start_weights())
+        devices, weights = await asyncio.gather(
+            start_devices(specs, self._hosts), self._start_weights(), return_exceptions=True
+        )
+        if isinstance(devices, BaseException):
+            raise devices
         for started in devices:
             self._use(started)
-        self._reviving = asyncio.create_task(self._revive())
+        self._watching = [asyncio.create_task(self._revive()), asyncio.create_task(self._watch())]
+        for task in self._watching:
+            task.add_done_callback(self._watch_ended)
+        if isinstance(weights, BaseException):
+            raise weights
 
     async def load(self, folder: Path | None, step: int) -> None:
         """Bring every trained unit to what a step folder holds; None: to the model's own."""
@@ -128,35 +138,10 @@ class Machines:
         old = self.executor
         await old.drain()
         self.executor = self._new_executor()
-        self._hosts = await asyncio.to_thread(find_hosts)
-        await self._start_weights()
         for pooled in old.devices.values():
             self.executor.add_device(pooled.device, pooled.actor)
-
-    async def room(self) -> None:
-        """Wait until everything that was submitted is on its way to a device.
-
-        Raises:
-            TrainingError: No device is left that may run a slot.
-        """
-        waiting = asyncio.create_task(self.executor.dispatched())
-        stuck_since_s: float | None = None
-        try:
-            while not waiting.done():
-                await asyncio.wait((waiting,), timeout=1.0)
-                reason = self.executor.no_device
-                if reason is None:
-                    stuck_since_s = None
-                    continue
-                stuck_since_s = stuck_since_s or time.monotonic()
-                if time.monotonic() - stuck_since_s > _NO_DEVICE_TIMEOUT_S:
-                    raise TrainingError(
-                        f"{reason}; no device came back within {_NO_DEVICE_TIMEOUT_S:g} s. Start "
-                        f"its node again and run with --resume"
-                    )
-            await waiting
-        finally:
-            waiting.cancel()
+        self._hosts = await asyncio.to_thread(find_hosts)
+        await self._start_weights()
 
     def plan_for(self, round_index: int) -> RunPlan:
         """Return the plan for a round that is about to be made; devices may have changed."""
@@ -236,8 +221,8 @@ class Machines:
 
     def close(self) -> None:
         """Stop all actors."""
-        if self._reviving is not None:
-            self._reviving.cancel()
+        for task in self._watching:
+            task.cancel()
         stop_devices(list(self._started.values()))
         self.weights.stop()
 
@@ -278,10 +263,12 @@ class Machines:
 
     def _spec(self, device: Device) -> PoolDeviceSpec:
         job = self._job
-        share = next(share for share in self._plan.plan.devices if share.device_id == device.id)
+        # A device that comes back is none of the plan that was made without it.
+        plan = self._planner.first.plan
+        share = next(share for share in plan.devices if share.device_id == device.id)
         cap = memory_cap_bytes(device.memory_bytes, job.config.plan.headroom_fraction)
         spare = max(0, cap - share.peak_bytes)
-        in_use = 2 * max(slot.weight_bytes for slot in self._plan.plan.slots)
+        in_use = 2 * max(slot.weight_bytes for slot in plan.slots)
         return PoolDeviceSpec(
             device=device,
             model=str(job.checkpoint.path),
@@ -298,7 +285,8 @@ class Machines:
         )
 
     def _is_used(self, device: Device) -> bool:
-        return any(share.device_id == device.id for share in self._plan.plan.devices)
+        plan = self._planner.first.plan
+        return any(share.device_id == device.id for share in plan.devices)
 
     def _use(self, started: StartedDevice) -> None:
         self._started[started.spec.device.id] = started
@@ -313,7 +301,11 @@ class Machines:
         """Start lost devices again while their nodes are there; they join the next round."""
         while True:
             await asyncio.sleep(_REVIVE_EVERY_S)
-            missing = [d for d in self._topology.devices if d.id not in self._started]
+            missing = [
+                device
+                for device in self._topology.devices
+                if device.id not in self._started and self._is_used(device)
+            ]
             if not missing:
                 continue
             self._hosts = await asyncio.to_thread(find_hosts)
@@ -323,6 +315,29 @@ class Machines:
                     self._use(started)
                     self._is_outdated = True
                     self._tell(DeviceJoined(device_id=device.id))
+
+    async def _watch(self) -> None:
+        """End waiting that nothing will end: for a device that hangs, or for one to come back."""
+        stuck_since_s: float | None = None
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            self.executor.lose_silent()
+            reason = self.executor.no_device
+            if reason is None:
+                stuck_since_s = None
+                continue
+            stuck_since_s = stuck_since_s or time.monotonic()
+            if time.monotonic() - stuck_since_s > _NO_DEVICE_TIMEOUT_S:
+                self.executor.fail(
+                    TrainingError(
+                        f"{reason}; no device came back within {_NO_DEVICE_TIMEOUT_S:g} s. Start "
+                        f"its node again and run with --resume"
+                    )
+                )
+
+    def _watch_ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.executor.fail(error)
 
     def _tell_plan(self) -> None:
         nodes = {device.id: device.node for device in self._topology.devices}

@@ -165,9 +165,10 @@ class Round:
 
     def partner(self, slot: PlannedSlot) -> Visit | None:
         """Return the visit that shares kept activations with a slot."""
-        if getattr(slot, "kept_with", None) is None or not self.is_trained:
+        kept_with: int | None = getattr(slot, "kept_with", None)
+        if kept_with is None or not self.is_trained:
             return None
-        return self.visits[slot.kept_with]
+        return self.visits[kept_with]
 
     def note(
         self, slot: PlannedSlot, micro_batch: int, loads: RouterLoads | None, loss: float | None

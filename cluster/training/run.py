@@ -8,11 +8,13 @@ it stops, also when a step fails.
 from __future__ import annotations
 
 import asyncio
+import io
+import logging
 import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, redirect_stdout
 
 import ray
 
@@ -26,6 +28,7 @@ from cluster.training.object_store import with_object_store
 
 OnEvent = Callable[[TrainingEvent], None]
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_log = logging.getLogger(__name__)
 
 
 def run(
@@ -39,7 +42,17 @@ def run(
         TrainingError: It could not go on.
     """
     job = open_job(config, resume=resume)
-    asyncio.run(_run(job, on_event, trace=trace))
+    with redirect_stdout(_Printed()):
+        asyncio.run(_run(job, on_event, trace=trace))
+
+
+class _Printed(io.TextIOBase):
+    """Ray prints every death of a worker, in a thread of its own; the events say it already."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            _log.info("printed: %s", text.strip())
+        return len(text)
 
 
 async def _run(job: TrainingJob, on_event: OnEvent, *, trace: bool) -> None:

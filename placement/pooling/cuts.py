@@ -164,52 +164,20 @@ def is_possible(shape: Shape, num_layers: int) -> bool:
 def neighbours(cut: Cut) -> Iterator[Cut]:
     """Yield the cuts one move away: a layer to an adjacent stage, a layer into or out of the
     fused slot, two stages swapped, merged, or one split in halves."""
-    forward, fused, backward = cut
+    forward, fused, backward, _ = cut
     if forward:
-        yield Cut(_grown(forward, -1, -1), fused + 1, _grown(backward, 0, -1))
+        yield Cut(grown(forward, -1, -1), fused + 1, grown(backward, 0, -1))
     if fused:
-        yield Cut(_grown(forward, -1, 1), fused - 1, _grown(backward, 0, 1))
-    for counts in _reshaped(backward):
+        yield Cut(grown(forward, -1, 1), fused - 1, grown(backward, 0, 1))
+    for counts in reshaped(backward):
         yield Cut(forward, fused, counts)
-    for counts in _reshaped(forward):
+    for counts in reshaped(forward):
         yield Cut(counts, fused, backward)
 
 
 def mirrored(forward: Sequence[int], fused: int, kept: int) -> Cut:
     """Return the cut whose backward stages are the forward ones."""
     return Cut(tuple(forward), fused, tuple(reversed(forward)), kept)
-
-
-def kept_neighbours(cut: Cut) -> Iterator[Cut]:
-    """Yield the cuts one move away from one that keeps activations: among the kept stages, among
-    the others, a layer or a stage from these to those, or a layer into or out of the fused slot."""
-    forward, fused, backward, kept = cut
-    below, above, back = forward[:-kept], forward[-kept:], backward[kept:]
-
-    def joined(
-        below: tuple[int, ...], above: tuple[int, ...], fused: int, back: tuple[int, ...]
-    ) -> Cut:
-        return Cut((*below, *above), fused, (*above[::-1], *back), len(above))
-
-    if above != (1,):
-        yield joined(below, _grown(above, -1, -1), fused + 1, back)
-    if fused:
-        yield joined(below, _grown(above, -1, 1), fused - 1, back)
-    for counts in _reshaped(above):
-        yield joined(below, counts, fused, back)
-    if kept > 1:
-        yield joined((*below, above[0]), above[1:], fused, (above[0], *back))
-    if above != (1,):
-        yield joined(_grown(below, -1, 1), _grown(above, 0, -1), fused, _grown(back, 0, 1))
-    if not below:
-        return
-    yield joined(_grown(below, -1, -1), _grown(above, 0, 1), fused, _grown(back, 0, -1))
-    if below[-1] == back[0]:
-        yield joined(below[:-1], (below[-1], *above), fused, back[1:])
-    for counts in _reshaped(below):
-        yield joined(counts, above, fused, back)
-    for counts in _reshaped(back):
-        yield joined(below, above, fused, counts)
 
 
 def _compositions(total: int) -> list[tuple[int, ...]]:
@@ -255,7 +223,7 @@ def _stage_sums(weights: Sequence[float], counts: Sequence[int]) -> list[float]:
     return [sum(weights[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
-def _grown(counts: tuple[int, ...], index: int, change: int) -> tuple[int, ...]:
+def grown(counts: tuple[int, ...], index: int, change: int) -> tuple[int, ...]:
     """Return the counts with `change` layers more in one stage; a stage of 0 layers goes."""
     if not counts:
         return (change,)
@@ -264,7 +232,8 @@ def _grown(counts: tuple[int, ...], index: int, change: int) -> tuple[int, ...]:
     return tuple(count for count in grown if count)
 
 
-def _reshaped(counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+def reshaped(counts: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield stages of the same layers: one layer moved, stages merged, halved or swapped."""
     for left in range(len(counts) - 1):
         pair = counts[left : left + 2]
         before, after = counts[:left], counts[left + 2 :]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from placement.pooling.slot_prices import SlotPrices
 from placement.pooling.steady import slot_options
-from placement.train import TrainPlan
+from placement.train_plan import TrainPlan
 from placement.training import RecomputeGrain, Slot, SlotKind, TrainingCosts
 
 

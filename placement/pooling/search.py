@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,7 +168,7 @@ def best_cuts(simulator: CutSimulator, effort: int) -> list[Cut]:
         climbed = list(all_cuts(num_layers))
     else:
         climbed = _searched_cuts(simulator, effort)
-    finalists = _ranked(simulator, climbed, FINE)[:NUM_FINALISTS]
+    finalists = ranked(simulator, climbed, FINE)[:NUM_FINALISTS]
     return [cut for cut in finalists if math.isfinite(simulator.seconds(cut, FINE))]
 
 
@@ -185,13 +185,13 @@ def _searched_cuts(simulator: CutSimulator, effort: int) -> list[Cut]:
         shapes.setdefault(cut, shape)
     # One start per shape but for the order: those mostly climb to the same cut.
     distinct: dict[Shape, Shape] = {}
-    for cut in _ranked(simulator, shapes, COARSE):
+    for cut in ranked(simulator, shapes, COARSE):
         distinct.setdefault(shapes[cut]._replace(forward_order=0, backward_order=0), shapes[cut])
     starts = list(distinct.values())[:NUM_STARTS]
     reached = [_climb_shapes(simulator, weights, start, SHAPE_SHARE * effort) for start in starts]
     # Moves lead from some starts to cuts that no evened shape is near.
     bases = [*reached, *(shaped(weights, start) for start in starts)]
-    return [_climb(simulator, cut, effort) for cut in _ranked(simulator, bases, FINE)]
+    return [climb(simulator, cut, neighbours, effort) for cut in ranked(simulator, bases, FINE)]
 
 
 def _in_turn(seeds: Sequence[Shape]) -> Iterator[Shape]:
@@ -237,7 +237,9 @@ def reference_weights(costs: TrainingCosts) -> LayerWeights:
     )
 
 
-def _ranked(simulator: CutSimulator, cuts: Iterable[Cut], precision: Precision) -> list[Cut]:
+def ranked(simulator: CutSimulator, cuts: Iterable[Cut], precision: Precision) -> list[Cut]:
+    """Return distinct cuts, the shortest rounds first; ties as in `best_cuts`."""
+
     def rank(cut: Cut) -> tuple[float, int, Cut]:
         return simulator.seconds(cut, precision), cut.num_slots, cut
 
@@ -264,12 +266,14 @@ def _climb_shapes(
     return cut
 
 
-def _climb(simulator: CutSimulator, cut: Cut, effort: int) -> Cut:
+def climb(
+    simulator: CutSimulator, cut: Cut, moves: Callable[[Cut], Iterator[Cut]], effort: float
+) -> Cut:
     """Take the first move that helps, again and again, while the effort lasts."""
     is_better = True
     while is_better:
         is_better = False
-        for moved in neighbours(cut):
+        for moved in moves(cut):
             if simulator.effort >= effort:
                 return cut
             if simulator.seconds(moved, FINE) < simulator.seconds(cut, FINE) * (1.0 - GAIN):

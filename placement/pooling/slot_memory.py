@@ -4,9 +4,10 @@ While a slot runs, the weights of the next one are brought. Any two slots of a d
 each other, so a device takes a set of slots in which every one fits beside the heaviest weights
 of the set.
 
-Kept activations stay on a device from a forward slot to its backward slot, beside whatever it runs
-in between. They are those of one round at most: a device runs its slots in order, so it is done
-with the backward slots of a round before it begins the forward slots of the next.
+Kept activations, and their weights, stay on a device from a forward slot to its backward slot,
+beside whatever it runs in between. They are those of one round at most: a device runs its slots in
+order, so it is done with the backward slots of a round before it begins the forward slots of the
+next.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def keeping_needs(
         changed[backward] = SlotNeed(
             "keep",
             prices.resident_bytes(slots[backward], "keep"),
-            needs[backward].weight_bytes,
+            prices.weight_bytes(slots[backward], "keep"),
             prices.option(slots[backward], "keep", 0).total_s,
             kept_with=forward,
         )

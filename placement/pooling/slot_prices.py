@@ -54,14 +54,17 @@ class SlotPrices:
             lead_s = forward_s if self._fused_forward_overlaps else 0.0
             return SlotOption(device, lead_s, total_s, upload_s)
         if grain == "keep":
-            return SlotOption(device, 0.0, backward_s, upload_s)
+            return SlotOption(device, 0.0, backward_s, 0.0)
         lead_s = recompute_s = _between(self._recompute_s[device], slot)
         if grain == "layer":
             lead_s = self.costs.recompute_s[device][slot.end_layer - 1]
         return SlotOption(device, lead_s, recompute_s + backward_s, upload_s)
 
-    def weight_bytes(self, slot: Slot) -> int:
-        """Return the slot's weights, head included where it has it."""
+    def weight_bytes(self, slot: Slot, grain: RecomputeGrain = "none") -> int:
+        """Return the weights that are brought for a slot, head included where it has it; none
+        where they stayed with the activations."""
+        if grain == "keep":
+            return 0
         head_bytes = self.costs.head_weight_bytes if slot.kind == "fused" else 0
         return _between(self._weight_bytes, slot) + head_bytes
 
@@ -72,7 +75,7 @@ class SlotPrices:
         grain; one layer's at layer grain and in a forward slot. What stays from a forward slot to
         its backward slot is `kept_bytes`; both still work on one layer's.
         """
-        total = self.weight_bytes(slot) + BOUNDARY_BUFFERS * self.costs.boundary_bytes
+        total = self.weight_bytes(slot, grain) + BOUNDARY_BUFFERS * self.costs.boundary_bytes
         if slot.kind == "fused":
             total += self.costs.head_gradient_bytes
         if slot.kind != "forward":
@@ -83,13 +86,14 @@ class SlotPrices:
         return total + max(layers, default=0)
 
     def kept_bytes(self, slot: Slot, micro_batches: int) -> int:
-        """Return what a round's micro-batches leave of a forward slot for its backward slot."""
-        return micro_batches * _between(self._activation_bytes, slot)
+        """Return what stays of a forward slot for its backward slot: the activations of a round's
+        micro-batches, and the weights that their backward passes need again."""
+        return self.weight_bytes(slot) + micro_batches * _between(self._activation_bytes, slot)
 
     def alone_bytes(self, slot: Slot, grain: RecomputeGrain) -> int:
         """Return what a device needs to run nothing but this slot: weights once more, because
         the next slot's are brought while this one runs."""
-        return self.resident_bytes(slot, grain) + self.weight_bytes(slot)
+        return self.resident_bytes(slot, grain) + self.weight_bytes(slot, grain)
 
 
 def _prefix(values: Sequence[_Number]) -> list[_Number]:

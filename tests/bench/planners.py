@@ -108,7 +108,7 @@ def steady_idle(profile: PublishedProfile, most: float) -> Figure:
     so does the baseline, ours does not."""
     costs = profile.costs()
     started = time.perf_counter()
-    plan = plan_train(costs, micro_batches=MICRO_BATCHES)
+    plan = plan_train(costs, micro_batches=MICRO_BATCHES, grains="recompute")
     seconds = time.perf_counter() - started
     published, honest = (
         steady_state(
@@ -153,7 +153,9 @@ def own_planner_idle(profile: PublishedProfile) -> float:
 def sync_idle(profile: PublishedProfile, most: float) -> Figure:
     """One step of 16 micro-batches, from an empty pool to an empty pool."""
     costs = profile.costs()
-    plan = plan_train(costs, micro_batches=8, rounds_per_step=2, synchronous=True)
+    plan = plan_train(
+        costs, micro_batches=8, rounds_per_step=2, synchronous=True, grains="recompute"
+    )
     schedule = replace(plan.schedule(costs), fused_forward_overlaps=True)
     idle = simulate_slots(costs, schedule, rounds=2).idle_fraction
     published = profile.bubble_percent["roundpipe"] / 100
@@ -174,10 +176,12 @@ def tiers_idle(profile: PublishedProfile) -> Figure:
     """Four speeds, two devices each; rounds that wait for no optimizer step, as in the baseline."""
     costs = profile.costs(TIERS)
     fenced = {
-        rounds: plan_train(costs, micro_batches=MICRO_BATCHES, rounds_per_step=rounds).idle_fraction
+        rounds: plan_train(
+            costs, micro_batches=MICRO_BATCHES, rounds_per_step=rounds, grains="recompute"
+        ).idle_fraction
         for rounds in (1, 2, 4)
     }
-    plan = plan_train(costs, micro_batches=MICRO_BATCHES, rounds_per_step=None)
+    plan = plan_train(costs, micro_batches=MICRO_BATCHES, rounds_per_step=None, grains="recompute")
     in_turn = steady_state(
         costs,
         SlotSchedule(slots=profile.slots, micro_batches=MICRO_BATCHES, dispatch="round_robin"),

@@ -47,11 +47,18 @@ def inputs(shape: tuple[int, int], *, seed: int = 0) -> dict[str, torch.Tensor]:
 def attend(
     tensors: dict[str, torch.Tensor], packed: PackedDocuments, **options: Any
 ) -> torch.Tensor:
-    given = {name: tensor for name, tensor in tensors.items() if name != "s_aux"}
     sinks = tensors["s_aux"] if options.pop("sinks", False) else None
-    return packed_attention(
-        MODULE, **given, attention_mask=None, packed=packed, s_aux=sinks, **options
-    )[0]
+    out, _ = packed_attention(
+        MODULE,
+        tensors["query"],
+        tensors["key"],
+        tensors["value"],
+        None,
+        packed=packed,
+        s_aux=sinks,
+        **options,
+    )
+    return out
 
 
 def in_full(

@@ -91,10 +91,10 @@ def test_a_model_larger_than_memory_streams_through_beside_the_compute(
     model = TrainableModel(checkpoint, dtype=torch.bfloat16, device="cuda")
     assert sum(model.placed_bytes(unit.name) for unit in model.units) > CAP_BYTES
     weights = host_weights(checkpoint, dtype=torch.bfloat16)
-    batches = random_batches(8, num_sequences=1, num_rows=512, vocab_size=1000)
+    batches = random_batches(4, num_sequences=1, num_rows=512, vocab_size=1000)
     slots = slots_from_counts((2,) * 11, 2, (2,) * 11)
     grains: list[RecomputeGrain] = [
-        "layer" if slot.kind == "backward" else "none" for slot in slots
+        "stage" if slot.kind == "backward" else "none" for slot in slots
     ]
     pool = PooledRound([model], weights, slots, grains, scales=loss_scales(batches))
 
@@ -112,7 +112,8 @@ def test_a_model_larger_than_memory_streams_through_beside_the_compute(
 
 def copies_beside_kernels(trace: Path) -> tuple[int, int]:
     """Return (copies of weights to the device, those during which a kernel ran)."""
-    events: list[dict[str, Any]] = json.loads(trace.read_text())["traceEvents"]
+    text = trace.read_text(encoding="utf-8")
+    events: list[dict[str, Any]] = json.loads(text)["traceEvents"]
 
     def spans(category: str) -> list[tuple[float, float, dict[str, Any]]]:
         return [

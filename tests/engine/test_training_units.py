@@ -37,7 +37,7 @@ def test_units_hold_every_parameter_once_with_the_checkpoints_values(
     assert [unit.name for unit in units] == [
         "embedding", *(f"layer {layer}" for layer in range(6)), "head"
     ]  # fmt: skip
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for unit in units:
         trained, frozen = initial_weights(checkpoint, unit, None, dtype=torch.float32, seed=0)
         assert frozen.numel() == 0
@@ -116,7 +116,7 @@ def test_only_the_units_own_tensors_are_read(
 
     class Recorder:
         def __init__(self, *args: Any, **options: Any) -> None:
-            self._file = safe_open(*args, **options)
+            self._file: Any = safe_open(*args, **options)
 
         def __enter__(self) -> Recorder:
             self._file.__enter__()

@@ -390,6 +390,21 @@ def test_a_missing_unit_and_a_wrong_size_are_named(checkpoint_dir: Dirs) -> None
         model.place("layer 0", torch.zeros(3), None)
 
 
+def test_a_router_loss_without_loads_is_refused(checkpoint_dir: Dirs) -> None:
+    path = checkpoint_dir("mixtral")
+    [model] = pool(path, 1)
+    for name, pair in host_weights(Checkpoint.open(str(path))).items():
+        model.place(name, *pair)
+    [batch] = random_batches(1)
+    slot = model.open_slot(
+        "backward", 2, 4, grain="stage", scales=LossScales(1.0, 0.1), step=0, first_micro_batch=0
+    )
+    slot.recompute(0, batch, {2: torch.zeros(2, 48, 48)})
+
+    with pytest.raises(ValueError, match="needs the loads of all layers"):
+        slot.backward(0, torch.zeros(2, 48, 48))
+
+
 def test_a_slot_needs_its_layers_and_what_lies_at_the_ends(checkpoint_dir: Dirs) -> None:
     [untied], [tied] = pool(checkpoint_dir("llama"), 1), pool(checkpoint_dir("qwen3"), 1)
 

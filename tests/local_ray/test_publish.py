@@ -37,7 +37,8 @@ ENGINE = {"num_kv_blocks": 512, "step_timeout_s": 20.0}
 TEXTS = (
     "import os\nimport sys\n\n\ndef main(",
     "class Queue:\n    def __init__(self):",
-    "The quick brown fox jumps over the lazy dog and then, after a while, it " * 3,
+    "def median(values):\n    ordered = sorted(values)\n    middle = len(ordered) // 2\n"
+    "    if len(ordered) % 2:\n        return ordered[middle]\n    return (ordered[middle - 1]",
 )
 NUM_NEW = 24
 LONG = 400
@@ -50,8 +51,9 @@ pytestmark = pytest.mark.timeout(180)
 def adapters(checkpoints: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base, root = checkpoints / MODEL, tmp_path_factory.mktemp("adapters")
     return {
-        name: save_adapter(base, root / name, targets=DENSE, rank=4, seed=seed, strength=0.2)
-        for seed, name in enumerate(("first", "second"))
+        "first": save_adapter(base, root / "first", targets=DENSE, strength=0.2),
+        # Strong: a text that repeats itself must not go on alike.
+        "second": save_adapter(base, root / "second", targets=DENSE, strength=0.7, seed=1),
     }
 
 
@@ -178,22 +180,21 @@ async def test_an_adapter_is_published_while_requests_stream(
     counts = [len(stream.tokens) for stream in streams]
 
     response = await send(http, adapters["second"])
+    assert not any(future.done() for future in running), "they ended before the switch"
     await asyncio.to_thread(check_answers, served, "new", after)
 
     assert response.status_code == 200, response.text
     answer = response.json()
     assert (answer["name"], answer["version"]) == ("second", 2)
     assert 0 <= answer["pause_s"] < answer["seconds"]
-    assert not all(future.done() for future in running), "they ended before the switch"
     results = [await asyncio.to_thread(future.result, DEADLINE_S) for future in running]
     assert [len(tokens) for tokens in results] == [LONG] * len(streams)
     for i, (tokens, count) in enumerate(zip(results, counts, strict=True)):
         wanted = before[i % 3]
         known = replace(wanted, tokens=wanted.tokens[:count], gaps=wanted.gaps[:count])
         check_identical([known], [tokens[:count]])
-    # A text that repeats itself may go on alike with other weights.
     as_before = [tokens == before[i % 3].tokens for i, tokens in enumerate(results)]
-    assert as_before.count(True) <= 2, as_before
+    assert not any(as_before), as_before
     assert used(served) == ("second", 2)
 
 
@@ -220,7 +221,7 @@ def test_removing_it_gives_the_base_models_answers(
     remove(target, Output(as_json=True), timeout_s=DEADLINE_S)
     check_answers(served, "base", expected(None))
     assert used(served) == (None, 0)
-    assert json.loads(capsys.readouterr().out)["name"] is None
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["name"] is None
 
     publish(target, adapters["first"], Output(as_json=False), timeout_s=DEADLINE_S)
     check_answers(served, "back", expected("first"))
@@ -281,19 +282,28 @@ def pid_of(actor: Any) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
+async def until_one_is_refused(
+    http: httpx.AsyncClient, folder: Path
+) -> tuple[httpx.Response, asyncio.Task[httpx.Response]]:
+    """Publish twice at once; returns the refusal, and the other, which a stopped stage holds up."""
+    posts = {asyncio.create_task(send(http, folder)) for _ in range(2)}
+    async with asyncio.timeout(DEADLINE_S):
+        [refused], [waiting] = await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED)
+    return refused.result(), waiting
+
+
 async def test_of_two_at_once_one_is_told_to_wait(
     served: Served, adapters: dict[str, Path], http: httpx.AsyncClient
 ) -> None:
     _, version = await asyncio.to_thread(used, served)
     pid = await asyncio.to_thread(pid_of, served.running.fleet.stages[1])
-    os.kill(pid, signal.SIGSTOP)  # whichever comes first waits for this stage
+    os.kill(pid, signal.SIGSTOP)
     try:
-        posts = {asyncio.create_task(send(http, adapters["second"])) for _ in range(2)}
-        done, left = await asyncio.wait(posts, return_when=asyncio.FIRST_COMPLETED)
+        refused, waiting = await until_one_is_refused(http, adapters["second"])
     finally:
         os.kill(pid, signal.SIGCONT)
+    published = await waiting
 
-    [refused], [published] = [t.result() for t in done], [await t for t in left]
     assert refused.status_code == 409
     assert refused.json()["error"]["code"] == "publish_in_progress"
     assert published.status_code == 200, published.text
@@ -306,14 +316,11 @@ async def test_a_stage_that_dies_meanwhile_is_an_error_at_once(
     """The last: nothing is served afterwards."""
     pid = await asyncio.to_thread(pid_of, served.running.fleet.stages[1])
     os.kill(pid, signal.SIGSTOP)
-    posting = asyncio.create_task(send(http, adapters["first"]))
-    busy = await send(http, adapters["first"])
-    while busy.status_code != 409:  # pragma: no cover - the other came second
-        busy = await posting
+    _, waiting = await until_one_is_refused(http, adapters["first"])
     os.kill(pid, signal.SIGKILL)
 
     async with asyncio.timeout(DEADLINE_S):
-        response = await posting
+        response = await waiting
     assert response.status_code == 500, response.text
     assert "stage 1" in response.json()["error"]["message"]
     assert (await http.get("/status")).json()["adapter"]["name"] == "second"

@@ -7,6 +7,7 @@ lie in dictionaries.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from actors.engine.training_values import (
     Unit,
 )
 from actors.engine.trainstep import SlotRun
+from actors.engine.upload import Upload
 from placement.training import RecomputeGrain, Slot
 
 Weights = Mapping[str, tuple[torch.Tensor, torch.Tensor]]
@@ -163,25 +165,40 @@ class PooledRound:
         self._num_targets = 0
 
     def run(self, batches: Sequence[MicroBatch]) -> RoundResult:
-        for index, (slot, grain) in enumerate(self._plan):
-            model = self._models[self._device(index)]
-            names = model.unit_names(slot.kind, slot.first_layer, slot.end_layer)
-            for name in names:
-                model.place(name, *self._weights[name])
-            run = self._open(model, slot, grain)
-            for name in names:
-                model.remove(name)
-            for m, batch in enumerate(batches):
-                getattr(self, f"_{slot.kind}")(run, slot, grain, m, batch)
-            for name, gradient in run.gradients().items():
-                total = self._gradients.get(name)
-                self._gradients[name] = gradient if total is None else total + gradient
+        """Run the slots in order; another thread brings the weights of the next one meanwhile."""
+        with ThreadPoolExecutor(1) as weights_thread:
+            coming = weights_thread.submit(self._bring, 0)
+            for index, (slot, grain) in enumerate(self._plan):
+                model = self._models[self._device(index)]
+                brought = coming.result()
+                for name, pair in brought.items():
+                    model.place(name, *pair)
+                run = self._open(model, slot, grain)
+                for name in brought:
+                    model.remove(name)
+                del brought, pair
+                if index + 1 < len(self._plan):
+                    coming = weights_thread.submit(self._bring, index + 1)
+                for m, batch in enumerate(batches):
+                    getattr(self, f"_{slot.kind}")(run, slot, grain, m, batch)
+                for name, gradient in run.gradients().items():
+                    total = self._gradients.get(name)
+                    self._gradients[name] = gradient if total is None else total + gradient
         return RoundResult(
             self._loss_sum,
             self._num_targets,
             self._gradients,
             tuple(self._loads[m] for m in range(len(batches))),
         )
+
+    def _bring(self, index: int) -> dict[str, tuple[Upload, Upload]]:
+        slot, _ = self._plan[index]
+        model = self._models[self._device(index)]
+        names = model.unit_names(slot.kind, slot.first_layer, slot.end_layer)
+        return {
+            name: (model.upload(trained), model.upload(frozen))
+            for name, (trained, frozen) in ((name, self._weights[name]) for name in names)
+        }
 
     def _device(self, index: int) -> int:
         slot, grain = self._plan[index]

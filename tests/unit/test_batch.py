@@ -72,6 +72,7 @@ RESULTS = st.builds(
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary(),
     lambda inner: st.lists(inner, max_size=12) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=30,
 )
 REAL = StepBatch(0, 1, 2, [5, 6, 7], [Rows(0, 2, [1]), Rows(4, 1, [0, 2])], drawn=[1],
                  draws=[Draw(7, 5)])  # fmt: skip

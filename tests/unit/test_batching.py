@@ -324,6 +324,37 @@ def test_a_second_request_reuses_the_prefix_of_the_first() -> None:
     assert run.scheduler.prefix_hit_tokens == 8
 
 
+def test_another_adapter_is_for_all_and_shares_nothing_of_the_one_before() -> None:
+    run = Run(limits())
+    run.add(request("a", prompt=range(1, 10), max_tokens=12))
+    first = run.step()
+    run.scheduler.use_adapter(7)
+    run.add(request("b", prompt=range(1, 10)))
+    second = run.step()
+    run.drain()
+    run.add(request("c", prompt=range(1, 10)))
+    run.drain()
+
+    assert first is not None
+    assert first.batch.adapter_version == 0
+    assert second is not None
+    assert [s.request.id for s in second.sequences] == ["a", "b"]
+    assert {step.batch.adapter_version for step in run.steps[1:]} == {7}
+    assert [choice.cached_tokens for choice in run.choices] == [0, 0, 8]
+    run.check_all()
+
+
+def test_a_choice_shares_its_requests_prompt_across_a_switch() -> None:
+    run = Run(limits(max_running=1))
+    run.add(request("a", prompt=range(1, 10), n=2))
+    run.step()
+    run.scheduler.use_adapter(1)
+    run.drain()
+
+    run.check_all()
+    assert run.scheduler.pool.blocks_in_use == 0
+
+
 def test_when_blocks_run_out_the_last_admitted_waits_and_its_tokens_do_not_change() -> None:
     run = Run(limits(num_blocks=10))
     for i in range(3):

@@ -153,6 +153,31 @@ def test_too_few_blocks_for_the_copies_alone_change_nothing() -> None:
     assert (state(pool), table) == before
 
 
+# --- other weights ----------------------------------------------------------------------------
+
+
+def test_content_that_other_weights_made_is_forgotten_and_never_learnt_again() -> None:
+    pool = BlockPool(8, 4)
+    pool.free(fill(pool, range(8)))
+    live = fill(pool, [9, 9, 9])  # its first block is not full yet
+
+    pool.forget_contents([live])
+
+    assert cached_tokens(pool, range(8)) == 0
+    assert pool.grow(live, 3, 8) is not None
+    pool.register(live, [9] * 8, 8)
+    assert cached_tokens(pool, [9] * 8) == 0, "half of it is of the old weights"
+    fork = pool.fork(live, 8)
+    pool.register(fork, [9] * 8, 8)
+    assert cached_tokens(pool, [9] * 8) == 0
+    for table in (live, fork):
+        pool.free(table)
+        assert table == BlockTable(), "what it holds next is of the new weights"
+    pool.free(fill(pool, [9] * 8))
+    assert cached_tokens(pool, [9] * 8) == 8
+    pool.check([])
+
+
 # --- eviction ---------------------------------------------------------------------------------
 
 
@@ -245,12 +270,16 @@ class PoolAgainstShadow(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks, block_tokens, prefix_cache=prefix_cache)
         self.shadow: list[list[int | None]] = [[None] * block_tokens for _ in range(num_blocks)]
         self.sequences: list[Written] = []
+        self.weights = 0
+        self.made_by: list[list[int]] = [[-1] * block_tokens for _ in range(num_blocks)]
 
     @rule(tokens=st.lists(TOKEN, min_size=1, max_size=12))
     def match(self, tokens: list[int]) -> None:
         table, covered = self.pool.match(tokens)
         assert covered < len(tokens)
         assert self.read(table, covered) == tokens[:covered]
+        positions = [(table.blocks[p // self.size], p % self.size) for p in range(covered)]
+        assert all(self.made_by[block][offset] == self.weights for block, offset in positions)
         self.sequences.append(Written(table, tokens, covered))
 
     @precondition(lambda self: self.sequences)
@@ -270,6 +299,7 @@ class PoolAgainstShadow(RuleBasedStateMachine):
             block = sequence.table.blocks[position // self.size]
             self.check_writable(sequence, block)
             self.shadow[block][position % self.size] = sequence.tokens[position]
+            self.made_by[block][position % self.size] = self.weights
         sequence.num_written = end
 
     @precondition(lambda self: self.sequences)
@@ -296,6 +326,11 @@ class PoolAgainstShadow(RuleBasedStateMachine):
         assert sequence.table == BlockTable()
         self.sequences.remove(sequence)
 
+    @rule()
+    def other_weights(self) -> None:
+        self.weights += 1
+        self.pool.forget_contents(sequence.table for sequence in self.sequences)
+
     @invariant()
     def every_block_is_accounted_for(self) -> None:
         if hasattr(self, "pool"):
@@ -319,9 +354,10 @@ class PoolAgainstShadow(RuleBasedStateMachine):
         return [self.shadow[table.blocks[p // self.size]][p % self.size] for p in range(count)]
 
     def apply(self, growth: Growth) -> None:
-        contents = [list(self.shadow[source]) for source, _ in growth.copies]
-        for (_, target), content in zip(growth.copies, contents, strict=True):
-            self.shadow[target] = content
+        for kept in (self.shadow, self.made_by):
+            contents: list[Any] = [list(kept[source]) for source, _ in growth.copies]
+            for (_, target), content in zip(growth.copies, contents, strict=True):
+                kept[target] = content
 
     def check_writable(self, writer: Written, block: int) -> None:
         """Only the writer holds the block, and no look-up may find it."""

@@ -529,6 +529,34 @@ def test_one_step_is_in_flight_at_a_time() -> None:
     assert [choice.request.id for choice in step.sequences] == ["a", "b"]
 
 
+def test_an_adapter_is_taken_up_between_two_steps() -> None:
+    lane = Driver()
+    lane.add()
+    lane.send()
+
+    lane.core.ask_for_adapter(4)
+    assert not lane.core.switch_adapter(), "a step is in flight"
+    assert lane.core.counters().adapter_version == 0
+    lane.answer()
+    assert lane.core.switch_adapter()
+    assert not lane.core.switch_adapter()
+    step = lane.core.next_step(0.0)
+
+    assert step is not None
+    assert step.batch.adapter_version == lane.core.counters().adapter_version == 4
+
+
+def test_a_switch_that_is_taken_back_in_time_is_none() -> None:
+    lane = Driver()
+    lane.add()
+    lane.send()
+    lane.core.ask_for_adapter(4)
+    lane.core.ask_for_adapter(0)
+    lane.answer()
+
+    assert not lane.core.switch_adapter()
+
+
 def test_a_step_that_is_out_is_overdue_by_the_time_since_it_was_sent() -> None:
     lane = Driver()
     assert lane.core.overdue_s(50.0) == 0.0

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from published_profiles import GPT_OSS_20B, PROFILES, QWEN3_1_7B, QWEN3_235B, TIERS
 from published_profiles import PublishedProfile as Profile
 
-from placement.pooling.pool import Pool
+from placement.pooling.pool import Inputs, Pool, slot_ends_s
 from placement.pooling.schedules import BoundSchedule, operation_lists, structural_bubble
 from placement.pooling.slot_prices import SlotPrices
 from placement.pooling.steady import slot_options
 from placement.simulate import Simulation, simulate_bound, simulate_slots, steady_state
 from placement.trace import Event, chrome_trace
 from placement.training import (
+    Dispatch,
     RecomputeGrain,
     Slot,
     SlotSchedule,
@@ -275,7 +276,9 @@ def test_a_slot_never_goes_to_a_device_that_may_not_run_it() -> None:
 
     assert {e.device_id for e in simulation.events if e.stage == 1} == {"gpu1"}
     assert {e.device_id for e in simulation.events if e.stage == 2} == {"gpu0"}
-    with pytest.raises(ValueError, match="round_robin sends a slot to device 0, which may not"):
+    with pytest.raises(
+        ValueError, match="a slot is sent to device 0, which may not run it: in round_robin"
+    ):
         simulate_slots(uniform(), replace(schedule, dispatch="round_robin", devices=((1,),) * 3),
                        rounds=1)  # fmt: skip
 
@@ -419,12 +422,21 @@ def slot_schedules(draw: st.DrawFn, num_layers: int) -> SlotSchedule:
     fused = draw(st.integers(0, num_layers))
     parts = [composition(draw, num_layers - fused) for _ in range(2)]
     slots = slots_from_counts(parts[0], fused, parts[1])
-    grain: st.SearchStrategy[RecomputeGrain] = st.sampled_from(("stage", "layer"))
+    dispatch: Dispatch = draw(st.sampled_from(("earliest_finish", "round_robin")))
+    forward = {(s.first_layer, s.end_layer) for s in slots if s.kind == "forward"}
+
+    def grain(slot: Slot) -> RecomputeGrain:
+        if slot.kind != "backward":
+            return "none"
+        may_keep = (slot.first_layer, slot.end_layer) in forward and dispatch != "round_robin"
+        grains: tuple[RecomputeGrain, ...] = ("stage", "layer", "keep")
+        return draw(st.sampled_from(grains if may_keep else grains[:2]))
+
     return SlotSchedule(
         slots=slots,
         micro_batches=draw(st.integers(1, 5)),
-        dispatch=draw(st.sampled_from(("earliest_finish", "round_robin"))),
-        grains=tuple(draw(grain) if slot.kind == "backward" else "none" for slot in slots),
+        dispatch=dispatch,
+        grains=tuple(grain(slot) for slot in slots),
         rounds_per_step=draw(st.sampled_from((None, 1, 2))),
         staleness=draw(st.integers(0, 1)),
     )
@@ -468,8 +480,11 @@ def test_slots_respect_devices_links_and_each_other(
         device = index[event.device_id]
         layers = range(schedule.slots[stage].first_layer, schedule.slots[stage].end_layer)
         assert event.end_s - event.start_s == pytest.approx(
-            seconds_of(costs, schedule.slots[stage], device)
+            seconds_of(costs, schedule.slots[stage], device, schedule.grain_list[stage])
         )
+        partner = schedule.kept_with[stage]
+        if partner is not None:
+            assert done[round_index, partner, micro_batch].device_id == event.device_id
         if stage:
             source = done[round_index, stage - 1, micro_batch]
             arrival_s = source.end_s + costs.hand_off_s[index[source.device_id]][device]
@@ -480,7 +495,9 @@ def test_slots_respect_devices_links_and_each_other(
             assert event.start_s + lead_s >= arrival_s - 1e-9
 
 
-def seconds_of(costs: TrainingCosts, slot: Slot, device: int) -> float:
+def seconds_of(
+    costs: TrainingCosts, slot: Slot, device: int, grain: RecomputeGrain = "stage"
+) -> float:
     layers = slice(slot.first_layer, slot.end_layer)
     forward_s, backward_s = costs.forward_s[device][layers], costs.backward_s[device][layers]
     if slot.kind == "forward":
@@ -488,12 +505,13 @@ def seconds_of(costs: TrainingCosts, slot: Slot, device: int) -> float:
     if slot.kind == "fused":
         head_s = costs.head_forward_s[device] + costs.head_backward_s[device]
         return sum(forward_s) + sum(backward_s) + head_s
-    return sum(costs.recompute_s[device][layers]) + sum(backward_s)
+    recompute_s = 0.0 if grain == "keep" else sum(costs.recompute_s[device][layers])
+    return recompute_s + sum(backward_s)
 
 
 def lead_of(costs: TrainingCosts, schedule: SlotSchedule, stage: int, device: int) -> float:
     slot = schedule.slots[stage]
-    if slot.kind != "backward":
+    if slot.kind != "backward" or schedule.grain_list[stage] == "keep":
         return 0.0
     first = slot.end_layer - 1 if schedule.grain_list[stage] == "layer" else slot.first_layer
     return sum(costs.recompute_s[device][first : slot.end_layer])
@@ -520,6 +538,29 @@ def test_first_and_last_micro_batch_say_as_much_as_all_of_them(
 
 @settings(max_examples=100, deadline=None)
 @given(problems())
+def test_a_slot_on_its_own_ends_when_the_pool_says(
+    problem: tuple[TrainingCosts, SlotSchedule],
+) -> None:
+    costs, schedule = problem
+    pool = Pool(costs.hand_off_s, schedule)
+    options = slot_options(SlotPrices(costs), schedule)
+    free_s, upload_from_s = [0.0] * costs.num_devices, [0.0] * costs.num_devices
+    inputs, source = Inputs(0.0, 0.0), None
+
+    for index, visit in enumerate(pool.run_round(options)):
+        device = visit.option.device
+        link_s = 0.0 if source is None else costs.hand_off_s[source][device]
+        ready_s = max(free_s[device], upload_from_s[device] + visit.option.upload_s)
+        ends_s = slot_ends_s(visit.option, ready_s, inputs, link_s, schedule.micro_batches)
+        assert ends_s == pytest.approx(visit[1:])
+        saved_s = inputs[:2] if index == schedule.num_forward else inputs[2:]
+        inputs, source = Inputs(*visit[1:], *saved_s), device
+        free_s[device] = visit.last_end_s
+        upload_from_s[device] = visit.first_end_s - visit.option.total_s
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
 def test_no_schedule_is_faster_than_its_work_or_its_chain(
     problem: tuple[TrainingCosts, SlotSchedule],
 ) -> None:
@@ -530,8 +571,8 @@ def test_no_schedule_is_faster_than_its_work_or_its_chain(
 
     # What leads needs the forward slots all the same.
     chain_s = sum(
-        min(seconds_of(costs, slot, d) - lead_of(costs, schedule, stage, d) for d in devices)
-        for stage, slot in enumerate(schedule.slots)
+        min(seconds_of(costs, slot, d, grain) - lead_of(costs, schedule, stage, d) for d in devices)
+        for stage, (slot, grain) in enumerate(zip(schedule.slots, schedule.grain_list, strict=True))
     )
     assert simulation.makespan_s >= max(simulation.busy_s) - 1e-9
     assert simulation.makespan_s >= chain_s - 1e-9
@@ -671,6 +712,15 @@ def test_stages_must_hold_every_layer_once() -> None:
         ({"staleness": 2}, r"staleness \(2\) must be 0 or 1"),
         ({"grains": ("none",)}, "grains has 1 entries for 3 slots"),
         ({"devices": ((0,), (), (0,))}, "slot 1 may run on 0 devices"),
+        ({"grains": ("keep", "none", "stage")}, r"slot 0 \(forward, .* no forward slot has just"),
+        (
+            {"slots": slots_from_counts([1, 1], 0, [2]), "grains": ("none",) * 3 + ("keep",)},
+            r"slot 3 \(backward, layers \[0, 2\)\) keeps activations, yet no forward slot",
+        ),
+        (
+            {"grains": ("none", "none", "keep"), "dispatch": "round_robin"},
+            "slot 2 keeps activations .* round_robin may send it elsewhere",
+        ),
     ],
 )
 def test_a_schedule_that_makes_no_sense_is_refused(changes: dict[str, Any], message: str) -> None:

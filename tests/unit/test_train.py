@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from published_profiles import GPT_OSS_20B, PROFILES, QWEN3_1_7B, QWEN3_235B, TIERS
 from published_profiles import PublishedProfile as Profile
+from training_pools import pools
 
 from placement.errors import InfeasiblePlanError
-from placement.pooling.cuts import all_cuts, even_counts, least_stages, neighbours
+from placement.pooling.cuts import Cut, all_cuts, even_counts, least_stages, neighbours
+from placement.pooling.keeping import kept_neighbours
 from placement.pooling.search import EXHAUSTIVE_LAYERS, FINE, CutSimulator, Objective
 from placement.pooling.slot_prices import SlotPrices
 from placement.simulate import simulate_slots, steady_state
-from placement.train import TrainPlan, plan_train
+from placement.train import TrainPlan, plan_cut, plan_train
 from placement.training import Slot, SlotSchedule, TrainingCosts, slots_from_counts
 
 QUICK = 20_000
@@ -277,42 +280,100 @@ def test_four_tiers_of_speed_and_memory_are_hardly_ever_idle() -> None:
     assert all(share.peak_bytes <= share.memory_bytes for share in plan.devices)
 
 
-# Invariants
+# Kept activations
 
 
-@st.composite
-def pools(draw: st.DrawFn, max_layers: int = 6) -> TrainingCosts:
-    num_devices, num_layers = draw(st.integers(1, 4)), draw(st.integers(1, max_layers))
-    seconds = st.integers(1, 40).map(lambda eighths: eighths / 8)
-    some = st.integers(0, 200)
+def roomy(
+    num_devices: int,
+    memory_gb: int,
+    *,
+    speeds: Sequence[float] | None = None,
+    activation_bytes: int = 10**8,
+) -> TrainingCosts:
+    """24 layers of 435 MB that 8 micro-batches leave 800 MB of, over PCIe at 12 GB/s."""
+    layer_bytes, head_bytes = 435_000_000, 600_000_000
+    costs = costs_of(
+        num_devices, 24, forward_s=0.02, backward_s=0.045, head_forward_s=0.02,
+        head_backward_s=0.04, hand_off_s=0.003, speeds=speeds, layer_weight_bytes=layer_bytes,
+        layer_gradient_bytes=layer_bytes, head_weight_bytes=head_bytes,
+        head_gradient_bytes=head_bytes, layer_activation_bytes=activation_bytes,
+        boundary_bytes=16_000_000, memory_bytes=memory_gb * 10**9,
+    )  # fmt: skip
+    return replace(costs, weight_upload_s=((layer_bytes / 12e9,) * 24,) * num_devices)
 
-    def rows(values: st.SearchStrategy[float]) -> tuple[tuple[float, ...], ...]:
-        return draw(st.tuples(*[st.tuples(*[values] * num_layers)] * num_devices))
 
-    def each(values: st.SearchStrategy[int], count: int) -> tuple[int, ...]:
-        return draw(st.tuples(*[values] * count))
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_with_room_for_activations_some_layers_are_not_recomputed(num_devices: int) -> None:
+    costs = roomy(num_devices, 24)
+    options: dict[str, Any] = {"micro_batches": 8, "rounds_per_step": 4, "search_effort": 500_000}
 
-    return TrainingCosts(
-        device_ids=tuple(draw(st.permutations([f"d{i}" for i in range(num_devices)]))),
-        nodes=tuple(f"n{draw(st.integers(0, 2))}" for _ in range(num_devices)),
-        forward_s=rows(seconds),
-        recompute_s=rows(seconds),
-        backward_s=rows(seconds),
-        weight_upload_s=rows(st.integers(0, 8).map(lambda eighths: eighths / 8)),
-        head_forward_s=draw(st.tuples(*[seconds] * num_devices)),
-        head_backward_s=draw(st.tuples(*[seconds] * num_devices)),
-        hand_off_s=tuple(
-            tuple(0.0 if a == b else draw(st.integers(0, 16)) / 8 for b in range(num_devices))
-            for a in range(num_devices)
-        ),
-        layer_weight_bytes=each(some, num_layers),
-        layer_gradient_bytes=each(some, num_layers),
-        head_weight_bytes=draw(some),
-        head_gradient_bytes=draw(some),
-        layer_activation_bytes=each(some, num_layers),
-        boundary_bytes=draw(st.integers(0, 10)),
-        memory_bytes=each(st.integers(0, 3000), num_devices),
+    plan = plan_train(costs, **options)
+
+    without = plan_train(costs, grains="recompute", **options)
+    assert all(slot.grain != "keep" for slot in without.slots)
+    kept = [slot for slot in plan.slots if slot.grain == "keep"]
+    assert kept
+    assert plan.seconds_per_round < 0.98 * without.seconds_per_round
+    assert all(share.peak_bytes <= share.memory_bytes for share in plan.devices)
+    events = simulate_slots(costs, plan.schedule(costs), rounds=6).events
+    device_of = {(event.round_index, event.stage): event.device_id for event in events}
+    for slot in kept:
+        for round_index in range(6):
+            source = device_of[round_index, slot.kept_with or 0]
+            assert device_of[round_index, slot.index] == source
+    assert TrainPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+def test_nothing_is_kept_without_room_or_where_nobody_knows_what_that_takes() -> None:
+    tight = plan_train(roomy(1, 3), micro_batches=8, search_effort=QUICK)
+    unknown = plan_train(roomy(1, 24, activation_bytes=0), micro_batches=8, search_effort=QUICK)
+
+    for plan in (tight, unknown):
+        assert all(slot.kept_with is None for slot in plan.slots)
+
+
+def test_only_devices_with_room_keep_activations() -> None:
+    # What both layers keep beside the largest slot: 2 x (100 + 2 x 50) + 250 + 100 bytes.
+    slots = slots_from_counts([1, 1], 2, [1, 1])
+    costs = heavy((10_000, 740))
+
+    plan = plan_cut(costs, slots, micro_batches=2, rounds_per_step=4, grain="keep")
+
+    kept = [slot for slot in plan.slots if slot.kept_with is not None]
+    assert len(kept) == 4
+    assert {slot.device_ids for slot in kept} == {("gpu0",)}
+    assert [slot.kept_bytes for slot in kept] == [200, 200, 0, 0]
+    assert [slot.weight_bytes for slot in kept] == [100, 100, 0, 0]
+    roomier = plan_cut(
+        heavy((10_000, 10_000)), slots, micro_batches=2, rounds_per_step=4, grain="keep"
     )
+    assert {slot.device_ids for slot in roomier.slots} == {("gpu0", "gpu1")}
+
+
+def test_a_backward_slot_without_a_forward_slot_of_its_layers_cannot_keep() -> None:
+    with pytest.raises(ValueError, match=r"no forward slot holds just the layers \[0, 2\)"):
+        plan_cut(costs_of(), slots_from_counts([1, 1], 2, [2]), micro_batches=2, grain="keep")
+
+
+@given(st.integers(1, 5), st.data())
+def test_every_move_of_kept_stages_leads_to_a_cut_that_can_keep(
+    num_layers: int, data: st.DataObject
+) -> None:
+    cut = data.draw(st.sampled_from([cut for cut in all_cuts(num_layers) if mirrors(cut)]))
+    kept = data.draw(st.integers(1, mirrors(cut)))
+
+    for moved in kept_neighbours(cut._replace(kept=kept)):
+        assert moved.slots[len(moved.forward)].end_layer == num_layers
+        assert 1 <= moved.kept <= mirrors(moved)
+
+
+def mirrors(cut: Cut) -> int:
+    """How many stages next to the fused slot are the same forward and backward."""
+    pairs = zip(reversed(cut.forward), cut.backward, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+# Invariants
 
 
 def planned(costs: TrainingCosts, search_effort: int = 5_000, **options: Any) -> TrainPlan | None:
@@ -354,15 +415,25 @@ def test_slots_cover_every_layer_in_order_and_fit_every_device_they_may_go_to(
     caps = dict(zip(costs.device_ids, costs.memory_bytes, strict=True))
     for device_id, cap in caps.items():
         own = [slot for slot in plan.slots if device_id in slot.device_ids]
+        kept_bytes = sum(slot.kept_bytes for slot in own)
         for slot in own:
             for following in own:
-                assert slot.resident_bytes + following.weight_bytes <= cap
+                assert slot.resident_bytes + following.weight_bytes + kept_bytes <= cap
     prices = SlotPrices(costs)
     for slot in plan.slots:
         assert slot.device_ids
         value = Slot(kind=slot.kind, first_layer=slot.first_layer, end_layer=slot.end_layer)
         assert slot.resident_bytes == prices.resident_bytes(value, slot.grain)
         assert (slot.grain == "none") == (slot.kind != "backward")
+        if slot.kind == "forward" and slot.kept_with is not None:
+            user = plan.slots[slot.kept_with]
+            assert (user.grain, user.kept_with) == ("keep", slot.index)
+            assert (user.first_layer, user.end_layer) == (slot.first_layer, slot.end_layer)
+            assert user.device_ids == slot.device_ids
+            assert slot.kept_bytes == prices.kept_bytes(value, options["micro_batches"])
+        else:
+            assert slot.kept_bytes == 0
+            assert (slot.kept_with is None) == (slot.grain != "keep")
 
 
 @settings(max_examples=60, deadline=None)
@@ -466,7 +537,7 @@ def test_every_move_leads_to_a_cut_of_all_layers(num_layers: int, data: st.DataO
 
     for moved in neighbours(cut):
         assert moved != cut
-        slots = slots_from_counts(*moved)
+        slots = moved.slots
         assert slots[len(moved.forward)].end_layer == num_layers
 
 
