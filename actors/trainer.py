@@ -190,9 +190,9 @@ class _Visit:
         yield replace(report, is_left=self._leave(m, outputs))
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Return the slot's parameter gradients by unit."""
+        """Return the slot's parameter gradients by unit; see `TIED_INPUT`."""
         has_any = self._task.is_trained and self._task.kind != "forward"
-        return self._slot.gradients() if has_any else {}
+        return self._slot.gradients(splits_tied=True) if has_any else {}
 
     def _forward(self, m: int, batch: MicroBatch) -> tuple[Outputs, MicroBatchReport]:
         task, waited_s = self._task, 0.0

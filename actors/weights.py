@@ -90,12 +90,9 @@ class WeightHostWorker:
         self._shard.restore(unit, as_tensor(published, self._dtype), tensors)
         return Published(unit, version, self._publish(unit))
 
-    def add(self, unit: str, step: int, order: int, gradient: Array | None, expected: int) -> None:
-        """Add one of a step's `expected` gradients, flat float32; None: it is all zeros."""
-        if gradient is None:
-            tensor = torch.zeros(self._units[unit].num_trained)
-        else:
-            tensor = as_tensor(gradient, torch.float32)
+    def add(self, unit: str, step: int, order: int, gradient: Array, expected: int) -> None:
+        """Add one of a step's `expected` gradients, flat float32."""
+        tensor = as_tensor(gradient, torch.float32)
         self._shard.add(unit, step, order, tensor, expected=expected)
 
     def squared_norms(self) -> dict[str, float]:

@@ -182,9 +182,9 @@ class SlotDispatcher:
     def forget(self, round_index: int, slot_index: int) -> None:
         """A slot was lost with its device, or taken back from its queue: it is pending again.
 
-        With a lost slot, take back the slots of its round that are queued but still wait for
-        results: they would hold their devices in vain. A forward slot whose kept activations are
-        lost runs again before its backward slot.
+        After a loss, take back every queued slot that still needs results while an earlier slot of
+        its round is pending: it would hold its device, perhaps in vain. A forward slot whose kept
+        activations are lost runs again before its backward slot.
         """
         self._visits.pop(SlotVisit(round_index, slot_index), None)
 

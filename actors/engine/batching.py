@@ -131,9 +131,8 @@ class Scheduler:
     def use_adapter(self, version: int) -> None:
         """Run the next steps with another adapter, those of requests under way included.
 
-        What runs keeps its KV, which the old weights made, as their tokens so far are; what is
-        admitted from now on shares none of it. A sequence that is preempted later is recomputed
-        with the new weights.
+        What runs keeps the KV that the old weights made, as it keeps their tokens; what is admitted
+        from now on shares none of it. Who is preempted is recomputed with the new weights.
         """
         self.adapter_version = version
         self.pool.forget_contents(sequence.table for sequence in self._running)

@@ -116,9 +116,11 @@ class SliceAdapters:
         inject_adapter_in_model(_config(adapter, bases), tree, _NAME, low_cpu_mem_usage=True)
         made = _lora_layers(tree)
         for name, layer in made.items():
+            _check_shapes(adapter, name, layer, f"adapter {adapter.name}")
             a, b = adapter.pairs[name]
-            _fill(layer.lora_A[_NAME], a, adapter, f"lora_A of {name}", bases[name].weight.device)
-            _fill(layer.lora_B[_NAME], b, adapter, f"lora_B of {name}", bases[name].weight.device)
+            device = bases[name].weight.device
+            layer.lora_A[_NAME].weight = _parameter(a, adapter, device)
+            layer.lora_B[_NAME].weight = _parameter(b, adapter, device)
             layer.eval()
         return made
 
@@ -152,19 +154,23 @@ def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:
             raise AdapterError(
                 f"{where}: target_modules covers {name}, but its matrices are missing"
             )
-        for side, matrix in zip("AB", adapter.pairs[name], strict=True):
-            wanted = tuple(getattr(layer, f"lora_{side}")[_NAME].weight.shape)
-            if matrix.shape != wanted:
-                raise AdapterError(
-                    f"{where}: lora_{side} of {name} has shape {matrix.shape}, {wanted} fits; is "
-                    "it another base model's?"
-                )
+        _check_shapes(adapter, name, layer, where)
     unknown = sorted(adapter.pairs.keys() - expected.keys())
     if unknown:
         raise AdapterError(
             f"{where}: {len(unknown)} of its modules are not among the model's targets, "
             f"{unknown[0]} for one; is it another base model's?"
         )
+
+
+def _check_shapes(adapter: Adapter, name: str, layer: Any, where: str) -> None:
+    for side, matrix in zip("AB", adapter.pairs[name], strict=True):
+        wanted = tuple(getattr(layer, f"lora_{side}")[_NAME].weight.shape)
+        if matrix.shape != wanted:
+            raise AdapterError(
+                f"{where}: lora_{side} of {name} has shape {matrix.shape}, {wanted} fits; is it "
+                "another base model's?"
+            )
 
 
 def _check_targets(adapter: Adapter, root: torch.nn.Module, where: str) -> None:
@@ -230,16 +236,9 @@ def _lora_layers(root: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in root.named_modules() if isinstance(module, LoraLayer)}
 
 
-def _fill(
-    linear: torch.nn.Linear, matrix: Matrix, adapter: Adapter, name: str, device: torch.device
-) -> None:
-    """Give a LoRA matrix its values, in float32 as PEFT holds them whatever the base's type."""
-    wanted = tuple(linear.weight.shape)
-    if matrix.shape != wanted:
-        raise AdapterError(
-            f"adapter {adapter.name}: {name} has shape {matrix.shape}, {wanted} fits"
-        )
+def _parameter(matrix: Matrix, adapter: Adapter, device: torch.device) -> torch.nn.Parameter:
+    """Return a matrix in float32, as PEFT holds it whatever the base's type."""
     # A copy: the message is read-only and is let go of.
     flat = torch.frombuffer(bytearray(adapter.bytes_of(matrix)), dtype=_DTYPES[matrix.dtype])
-    weight = flat.view(wanted).to(device, torch.float32)
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+    weight = flat.view(matrix.shape).to(device, torch.float32)
+    return torch.nn.Parameter(weight, requires_grad=False)

@@ -13,14 +13,18 @@ import torch
 
 from actors.engine.lent_modules import LentModules, PlacedUnit, Rows
 from actors.engine.training_units import split_flat
-from actors.engine.training_values import EMBEDDING_UNIT
+from actors.engine.training_values import EMBEDDING_UNIT, TIED_INPUT
 
 
 class SlotGradients:
-    """The sums of the units that a slot went back through."""
+    """The sums of the units that a slot went back through.
 
-    def __init__(self, modules: LentModules) -> None:
+    Those of an embedding that is the head too are two until they are taken, with `has_head`.
+    """
+
+    def __init__(self, modules: LentModules, *, has_head: bool) -> None:
         self._modules = modules
+        self._input_name = TIED_INPUT if has_head and modules.is_tied else EMBEDDING_UNIT
         self._flat: dict[str, torch.Tensor] = {}
         self._views: dict[str, list[torch.Tensor]] = {}
 
@@ -50,7 +54,7 @@ class SlotGradients:
 
     def add_embedding(self, rows: Rows, gradient_BTH: torch.Tensor) -> None:
         """Add the gradient of the embedded rows, without a gradient as large as the vocabulary."""
-        [sums_VH] = self._sums_of(EMBEDDING_UNIT)
+        [sums_VH] = self._sums_of(self._input_name)
         padding = self._modules.padding_token
         tokens, gradient = rows.tokens_BT.flatten(), gradient_BTH.flatten(0, 1).float()
         if padding is not None:
@@ -67,7 +71,7 @@ class SlotGradients:
 
     def _sums_of(self, name: str) -> list[torch.Tensor]:
         if name not in self._flat:
-            unit = self._modules.units[name]
+            unit = self._modules.units[EMBEDDING_UNIT if name == TIED_INPUT else name]
             self._flat[name] = torch.zeros(unit.num_trained, device=self._modules.device)
             self._views[name] = split_flat(self._flat[name], unit.trained)
         return self._views[name]

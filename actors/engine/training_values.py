@@ -79,6 +79,9 @@ class Unit:
 
 
 EMBEDDING_UNIT = "embedding"
+TIED_INPUT = "embedding, as input"
+"""What the embedding gets as such in a slot that has it as the head's matrix too. Other plans have
+the two in two slots, and the order of a sum decides its last bits."""
 HEAD_UNIT = "head"
 """The final norm and, unless it is tied to the embedding, the head's matrix."""
 

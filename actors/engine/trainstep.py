@@ -20,7 +20,13 @@ from actors.engine.lent_modules import LentModules, PlacedUnit, Rows
 from actors.engine.router_loss import router_gradient, router_loads, router_weights
 from actors.engine.slot_gradients import SlotGradients
 from actors.engine.training_units import counter_seed
-from actors.engine.training_values import EMBEDDING_UNIT, LossScales, MicroBatch, RouterLoads
+from actors.engine.training_values import (
+    EMBEDDING_UNIT,
+    TIED_INPUT,
+    LossScales,
+    MicroBatch,
+    RouterLoads,
+)
 from placement.training import RecomputeGrain, SlotKind
 
 
@@ -108,7 +114,7 @@ class SlotRun:
         self._placed = placed
         self._kept = kept
         self._waiting: dict[int, Kept] = {}
-        self._gradients = SlotGradients(modules)
+        self._gradients = SlotGradients(modules, has_head=visit.kind == "fused")
 
     def forward(
         self,
@@ -212,13 +218,16 @@ class SlotRun:
                     gradient = self._through(graph, waiting.rows, gradient, weights_E)
         return gradient if self._visit.first_layer else None
 
-    def gradients(self) -> dict[str, torch.Tensor]:
+    def gradients(self, *, splits_tied: bool = False) -> dict[str, torch.Tensor]:
         """Return by unit the gradients of its trained parameters, summed over the micro-batches.
 
         Flat float32 tensors on the CPU, in the order of `Unit.trained`; units that have none are
-        left out.
+        left out. With `splits_tied` a tied embedding's share as input comes as `TIED_INPUT`.
         """
-        return self._gradients.take()
+        sums = self._gradients.take()
+        if TIED_INPUT in sums and not splits_tied:
+            sums[EMBEDDING_UNIT] += sums.pop(TIED_INPUT)
+        return sums
 
     def _enter(self, rows: Rows, hidden_BTH: torch.Tensor | None) -> torch.Tensor:
         """Return the input of the first layer; a leaf where something wants its gradient."""

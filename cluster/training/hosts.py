@@ -13,7 +13,7 @@ from ray.exceptions import OwnerDiedError, RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.arrays import Array
-from actors.engine.training_values import EMBEDDING_UNIT, Unit
+from actors.engine.training_values import EMBEDDING_UNIT, TIED_INPUT, Unit
 from actors.fleet import Host
 from actors.weights import Published, WeightHostActor, WeightHostSpec
 from cluster.training.errors import HostsLostError
@@ -136,19 +136,15 @@ class WeightHosts:
         if round_.step > self._step:
             self._early.append((round_, slot, gradients))
             return
-        for unit, gradient in gradients.items():
-            orders = [round_.number]
+        for name, gradient in gradients.items():
+            unit = EMBEDDING_UNIT if name == TIED_INPUT else name
             parts = self._parts(unit)
-            if parts == 2:
-                orders = [2 * round_.number + (0 if slot.kind == "fused" else 1)]
-                if slot.kind == "fused" and slot.first_layer == 0:
-                    # The only slot that has the embedding: as the head's matrix and as the input's.
-                    orders.append(2 * round_.number + 1)
-            for order in orders:
-                given = gradient if order == orders[0] else None
-                expected = parts * self._rounds_per_step
-                add = self._host_of[unit].add
-                self._adds.append(add.remote(unit, round_.step, order, given, expected))
+            order = parts * round_.number
+            if parts == 2 and (slot.kind != "fused" or name == TIED_INPUT):
+                order += 1
+            expected = parts * self._rounds_per_step
+            add = self._host_of[unit].add
+            self._adds.append(add.remote(unit, round_.step, order, gradient, expected))
 
     async def norms(self) -> StepNorms:
         """Wait until all gradients of the step are summed; returns their norm."""

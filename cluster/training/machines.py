@@ -22,7 +22,7 @@ from actors.engine.export import (
     write_model,
     write_optimizer_state,
 )
-from actors.engine.training_values import HEAD_UNIT
+from actors.engine.training_values import EMBEDDING_UNIT, HEAD_UNIT
 from actors.fleet import Host
 from actors.pool_values import PoolDeviceSpec
 from actors.weights import WeightHostSpec
@@ -232,13 +232,17 @@ class Machines:
         def names(slot: PlannedSlot) -> tuple[str, ...]:
             return units_of(slot, is_tied=self._job.is_tied, head_unit=HEAD_UNIT)
 
+        def num_gradients(slot: PlannedSlot) -> int:
+            if slot.kind == "forward":
+                return 0
+            has_both = slot.kind == "fused" and slot.first_layer == 0 and self._job.is_tied
+            return len(trained.intersection(names(slot))) + (has_both and EMBEDDING_UNIT in trained)
+
         executor = SlotExecutor(
             self.weights,
             ExecutorHooks(
                 units_of=lambda slot: () if slot.grain == "keep" else names(slot),
-                num_gradients=lambda slot: (
-                    0 if slot.kind == "forward" else len(trained.intersection(names(slot)))
-                ),
+                num_gradients=num_gradients,
                 on_gradients=self.weights.add,
                 on_device_lost=self._lost,
                 on_event=None if self._traced is None else self._traced.append,

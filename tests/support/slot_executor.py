@@ -125,15 +125,9 @@ class SlotExecutor:
             user = self._visits.get((visit.at[0], partner))
             if user is None or user.num_done < table.micro_batches:
                 lost.append(visit)
-        first = {at[0]: at[1] for at in sorted((visit.at for visit in lost), reverse=True)}
+        gone = {visit.at for visit in lost}
         for queue in self._queues.values():
-            lost += [
-                visit
-                for visit in queue
-                if visit not in lost
-                and visit.at[1] > first.get(visit.at[0], math.inf)
-                and not self._is_fed(visit)
-            ]
+            lost += [visit for visit in queue if visit not in lost and self._waits(visit, gone)]
         for visit in lost:
             visit.is_lost = True
             del self._visits[visit.at]
@@ -144,10 +138,14 @@ class SlotExecutor:
     def _plan(self, round_index: int) -> _Plan:
         return next(plan for first, plan in reversed(self._plans) if first <= round_index)
 
-    def _is_fed(self, visit: _Visit) -> bool:
-        before = self._visits.get((visit.at[0], visit.at[1] - 1))
-        done = 0 if before is None else before.num_done
-        return visit.at[1] == 0 or done == self._plan(visit.at[0]).micro_batches
+    def _waits(self, visit: _Visit, gone: set[tuple[int, int]]) -> bool:
+        """Whether it still needs results, and an earlier slot of its round is not dispatched."""
+        round_index, slot = visit.at
+        before = self._visits.get((round_index, slot - 1))
+        if slot == 0 or (before and before.num_done == self._plan(round_index).micro_batches):
+            return False
+        earlier = [(round_index, index) for index in range(slot)]
+        return any(at in gone or at not in self._visits for at in earlier)
 
     def _may_begin(self, round_index: int) -> bool:
         plan = self._plan(round_index)

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from leftovers import actor_processes
 
 ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "deploy" / "checkpoints" / "tiny-qwen3"
-DEADLINE_S = 180.0
+PROGRAM = (sys.executable, "-m", "cluster")
+DEADLINE_S = 240.0
 GONE_DEADLINE_S = 150.0
 """Ray's processes look for a dead driver now and then; a minute has been seen."""
 
@@ -29,14 +31,14 @@ Victim = Literal["driver", "device", "weight host"]
 _TITLES = {"device": b"ray::DeviceWorker", "weight host": b"ray::WeightHostWorker"}
 
 
-class TrainCommand:
-    """A running `motley train --json`."""
+class Command:
+    """A running command of the program that writes events, one a line."""
 
-    def __init__(self, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    def __init__(self, arguments: tuple[str, ...], environment: dict[str, str], log: Path) -> None:
         with log.open("a", encoding="utf-8") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cluster", "train", "--json", *arguments],
-                cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=errors, text=True,
+                [*PROGRAM, *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                stderr=errors, text=True,
             )  # fmt: skip
         self.events: list[Event] = []
         self._changed = threading.Condition()
@@ -48,11 +50,11 @@ class TrainCommand:
         """Wait for an event, past ones included; False: the output ended without it."""
 
         def has_come() -> bool:
-            return any(event.get("event") == name and is_wanted(event) for event in self.events)
+            return any(map(is_wanted, self.of_kind(name)))
 
         with self._changed:
             in_time = self._changed.wait_for(lambda: self._has_ended or has_come(), DEADLINE_S)
-            assert in_time, f"nothing for {DEADLINE_S:g} s after {self.events[-3:]}"
+            assert in_time, f"no {name} within {DEADLINE_S:g} s; the last was {self.events[-1:]}"
             return has_come()
 
     def wait(self) -> int:
@@ -60,6 +62,14 @@ class TrainCommand:
         code = self.process.wait(DEADLINE_S)
         self._reader.join(DEADLINE_S)
         return code
+
+    def end(self) -> None:
+        """Stop it if it still runs."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        self.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
 
     def of_kind(self, name: str) -> list[Event]:
         return [event for event in self.events if event.get("event") == name]
@@ -71,24 +81,26 @@ class TrainCommand:
             return
         deadline_s = time.monotonic() + DEADLINE_S
         while True:
+            pids = sorted(actor_processes(_TITLES[victim], root=self.process.pid))
             # One that was found may end by itself before it is killed.
-            pids = actor_processes(_TITLES[victim], root=self.process.pid)
             with suppress(ProcessLookupError):
                 if pids:
-                    os.kill(choose(sorted(pids)), signal.SIGKILL)
+                    os.kill(choose(pids), signal.SIGKILL)
                     return
             assert time.monotonic() < deadline_s, f"there is no {victim}"
             time.sleep(0.05)
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
+        try:
+            for line in self.process.stdout:
+                with self._changed:
+                    self.events.append(json.loads(line))
+                    self._changed.notify_all()
+        finally:
             with self._changed:
-                self.events.append(json.loads(line))
+                self._has_ended = True
                 self._changed.notify_all()
-        with self._changed:
-            self._has_ended = True
-            self._changed.notify_all()
 
 
 class TrainingFolder:
@@ -96,15 +108,15 @@ class TrainingFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.log = folder / "train.log"
-        self._temporary = folder / "tmp"  # short: Ray puts sockets there
-        self._temporary.mkdir()
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOTLEY_", "RAY_"))}
+        self._log = folder / "errors.log"
+        temporary = folder / "tmp"  # short: Ray puts sockets there
+        temporary.mkdir()
         self._mark = f"MOTLEY_TEST_RUN={folder}"
-        self.environment = kept | {
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("MOTLEY_", "RAY_"))}
+        self._environment = kept | {
             "MOTLEY_HOME": str(folder / "home"),
             "MOTLEY_TEST_RUN": str(folder),
-            "TMPDIR": str(self._temporary),
+            "TMPDIR": str(temporary),
             "RAY_AUTH_MODE": "token",
             "OMP_NUM_THREADS": "1",
         }
@@ -114,39 +126,57 @@ class TrainingFolder:
             lines = (f"line {i}: the quick fox counts to {i * number}" for i in range(60))
             (self._data / f"{number}.txt").write_text("\n".join(lines), encoding="utf-8")
 
-    def config(self, output: Path, *, devices: int = 2, **training: Any) -> Path:
-        """Write settings for equal devices and return their file."""
+    @property
+    def errors(self) -> str:
+        """What all commands wrote to stderr."""
+        return self._log.read_text(encoding="utf-8")
+
+    def write_config(self, name: str, **changes: Any) -> Path:
+        """Write settings for two equal devices and return their file."""
+        device = {
+            "kind": "cpu", "flops_per_s": 1e10, "memory_bytes_per_s": 1e10,
+            "memory_bytes": "1 GiB",
+        }  # fmt: skip
         tree = {
             "model": str(CHECKPOINT),
-            "devices": [
-                {
-                    "id": f"cpu{i}", "kind": "cpu", "flops_per_s": 1e10,
-                    "memory_bytes_per_s": 1e10, "memory_bytes": "1 GiB",
-                }
-                for i in range(devices)
-            ],
-            "training": {
-                "data": {"train": [str(self._data)], "held_out_fraction": 0},
-                "output": str(output),
-                "sequence_tokens": 32,
-                "micro_batches": 2,
-                "rounds_per_step": 2,
-            }
-            | training,
-        }  # fmt: skip
-        path = self.folder / f"{output.name}.yaml"
+            "devices": [device | {"id": "cpu0"}, device | {"id": "cpu1"}],
+        } | changes
+        path = self.folder / f"{name}.yaml"
         path.write_text(json.dumps(tree), encoding="utf-8")  # JSON is YAML
         return path
 
+    def training_config(self, output: Path, **training: Any) -> Path:
+        """Write settings of a short run and return their file."""
+        changes = {
+            "data": {"train": [str(self._data)], "held_out_fraction": 0},
+            "output": str(output),
+            "sequence_tokens": 32,
+            "micro_batches": 2,
+            "rounds_per_step": 2,
+        } | training
+        return self.write_config(output.name, training=changes)
+
+    def serving_config(self, model: Path) -> Path:
+        """Write settings of a deployment and return their file."""
+        gateway = {"http_port": _free_port(), "grpc_port": _free_port()}
+        return self.write_config("served", model=str(model), gateway=gateway)
+
     @contextmanager
-    def train(self, config: Path, *arguments: str) -> Iterator[TrainCommand]:
-        command = TrainCommand(["--config", str(config), *arguments], self.environment, self.log)
+    def start(self, verb: str, config: Path, *arguments: str) -> Iterator[Command]:
+        """Start a command, and stop it at the end if it still runs."""
+        everything = (verb, "--json", "--config", str(config), *arguments)
+        command = Command(everything, self._environment, self._log)
         try:
             yield command
         finally:
-            if command.process.poll() is None:
-                command.process.terminate()
-            command.wait()
+            command.end()
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        return subprocess.run(
+            [*PROGRAM, *arguments], cwd=ROOT, env=self._environment, capture_output=True,
+            text=True, check=False, timeout=DEADLINE_S,
+        )  # fmt: skip
 
     def check_no_process_is_left(self) -> None:
         deadline_s = time.monotonic() + GONE_DEADLINE_S
@@ -167,7 +197,7 @@ class TrainingFolder:
 
 @contextmanager
 def training_folder() -> Iterator[TrainingFolder]:
-    """A folder that is removed at the end, when no process of it is left."""
+    """Make a folder for runs; at its end no process of theirs may be left."""
     path = Path(tempfile.mkdtemp(prefix="train-"))
     try:
         folder = TrainingFolder(path)
@@ -175,3 +205,35 @@ def training_folder() -> Iterator[TrainingFolder]:
         folder.check_no_process_is_left()
     finally:
         shutil.rmtree(path, ignore_errors=True)
+
+
+class SmallDisk:
+    """A disk in memory; of a few bytes, at first."""
+
+    def __init__(self, folder: Path, num_bytes: int) -> None:
+        """Mount it.
+
+        Raises:
+            PermissionError: This machine does not let us.
+        """
+        folder.mkdir()
+        self.folder = folder
+        self._mount("-t", "tmpfs", "-o", f"size={num_bytes}", "tmpfs")
+
+    def resize(self, num_bytes: int) -> None:
+        self._mount("-o", f"remount,size={num_bytes}")
+
+    def close(self) -> None:
+        subprocess.run(["umount", "--lazy", str(self.folder)], check=True)
+
+    def _mount(self, *arguments: str) -> None:
+        command = ["mount", *arguments, str(self.folder)]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            raise PermissionError(f"a disk cannot be mounted here: {ran.stderr.strip()}")
+
+
+def _free_port() -> int:
+    with closing(socket.create_server(("127.0.0.1", 0))) as listener:
+        port: int = listener.getsockname()[1]
+    return port

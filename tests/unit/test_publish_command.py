@@ -52,7 +52,7 @@ async def test_a_folder_is_published_whole(
     [got] = backend.published
     read = Adapter.read(adapter)
     assert got is not None
-    assert (got.name, got.config, got.pairs.keys()) == (read.name, read.config, {MODULE})
+    assert (got.name, got.config, list(got.pairs)) == (read.name, read.config, [MODULE])
     assert bytes(got.bytes_of(got.pairs[MODULE].b)) == bytes(read.bytes_of(read.pairs[MODULE].b))
 
 

@@ -333,15 +333,17 @@ def test_nothing_is_kept_without_room_or_where_nobody_knows_what_that_takes() ->
 
 
 def test_only_devices_with_room_keep_activations() -> None:
-    # What both layers keep beside the largest slot: 2 x (100 + 2 x 50) + 250 + 100 bytes.
+    # Each of two layers keeps 100 + 2 x 50 bytes. Without that the fused slot fits gpu1, at 680
+    # and the next slot's 280 bytes; beside it only the layers do, which are less work.
     slots = slots_from_counts([1, 1], 2, [1, 1])
-    costs = heavy((10_000, 740))
+    costs = heavy((10_000, 1_000))
 
     plan = plan_cut(costs, slots, micro_batches=2, rounds_per_step=4, grain="keep")
 
     kept = [slot for slot in plan.slots if slot.kept_with is not None]
     assert len(kept) == 4
     assert {slot.device_ids for slot in kept} == {("gpu0",)}
+    assert plan.slots[2].device_ids == ("gpu0", "gpu1")
     assert [slot.kept_bytes for slot in kept] == [200, 200, 0, 0]
     assert [slot.weight_bytes for slot in kept] == [100, 100, 0, 0]
     roomier = plan_cut(
