@@ -9,25 +9,31 @@ or it cannot be reached; 5 not ready, or overloaded; 6 the token was refused; 13
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from enum import IntEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.text import Text
 
-from cluster.commands.errors import (
-    ChecksFailedError,
-    NotReadyError,
-    RefusedError,
-    UnauthorizedError,
+from cluster.commands.errors import NotReadyError
+from cluster.commands.options import (
+    ConfigOption,
+    JsonFlag,
+    MaxTokensOption,
+    ModelOption,
+    NameOption,
+    SeedOption,
+    StopOption,
+    TargetOption,
+    TemperatureOption,
+    TlsOption,
+    TokenOption,
+    TopPOption,
+    UrlOption,
 )
 from cluster.commands.output import Output
+from cluster.commands.reporting import ExitCode, reporting
 from cluster.config import ConfigError
-from cluster.runstate import AmbiguousNameError, NotRunningError, RunState, find_state
-from placement.errors import InfeasiblePlanError
+from cluster.runstate import RunState, find_state
 from placement.workload import Objective
 
 if TYPE_CHECKING:
@@ -37,62 +43,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="motley",
-    help="Serve one Hugging Face checkpoint across unequal machines.",
+    help="Fine-tune and serve one Hugging Face checkpoint across unequal machines.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-class ExitCode(IntEnum):
-    """What a command's exit status says."""
-
-    OK = 0
-    ERROR = 1
-    USAGE = 2
-    INFEASIBLE = 3
-    NOT_RUNNING = 4
-    NOT_READY = 5
-    UNAUTHORIZED = 6
-    INTERRUPTED = 130
-
-
-JsonFlag = Annotated[
-    bool, typer.Option("--json", help="Write JSON to stdout and nothing else there.")
-]
-ConfigOption = Annotated[
-    Path | None,
-    typer.Option("--config", "-c", help="A YAML file; without it, the embedded default."),
-]
-ModelOption = Annotated[
-    str | None,
-    typer.Option(help="A checkpoint folder or hub id. Without --config: on the devices found."),
-]
-NameOption = Annotated[str | None, typer.Option(help="The deployment; needed when several run.")]
-TargetOption = Annotated[
-    str | None,
-    typer.Option(envvar="MOTLEY_TARGET", help="host:port of the gateway's gRPC listener."),
-]
-UrlOption = Annotated[
-    str | None, typer.Option(envvar="MOTLEY_URL", help="URL of the gateway's HTTP listener.")
-]
-TokenOption = Annotated[
-    str | None, typer.Option(envvar="MOTLEY_TOKEN", help="Bearer token of the deployment.")
-]
-TlsOption = Annotated[
-    Path | None,
-    typer.Option(envvar="MOTLEY_TLS_CERT", help="PEM certificates to trust."),
-]
-
-MaxTokensOption = Annotated[
-    int | None, typer.Option(min=1, help="Most tokens to generate; in a chat, all that fit.")
-]
-TemperatureOption = Annotated[float | None, typer.Option(min=0, help="0 is greedy.")]
-TopPOption = Annotated[float | None, typer.Option(min=0, max=1)]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Makes the answer repeatable.")]
-StopOption = Annotated[
-    list[str] | None, typer.Option(help="Text that ends the answer; may be given several times.")
-]
 
 
 @app.command()
@@ -106,7 +61,7 @@ def up(
 ) -> None:
     """Bring a deployment up and keep it up until Ctrl-C, SIGTERM or `motley down`."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.settings import chosen_config
 
         settings, source = chosen_config(
@@ -129,7 +84,7 @@ def down(
 ) -> None:
     """Stop a deployment that `motley up` started on this machine."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.down import bring_down
 
         bring_down(name, timeout_s, output)
@@ -145,7 +100,7 @@ def status(
 ) -> None:
     """Show stages, lanes and links of a running deployment."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.status import show_status
 
         show_status(_http_target(name, url, token, tls_cert), output)
@@ -182,7 +137,7 @@ def plan(
     Needs devices with declared figures, or measured ones: see `motley profile`.
     """
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.plan import PlanOptions, show_plan
         from cluster.commands.settings import chosen_config
 
@@ -222,7 +177,7 @@ def profile(
     Without --config: this machine's devices, or those of the Ray cluster that RAY_ADDRESS names.
     """
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.settings import chosen_config
         from cluster.config import default_config
 
@@ -265,7 +220,7 @@ def train(
     """Fine-tune the checkpoint over all devices as a pool; Ctrl-C or SIGTERM saves and stops."""
     output = Output(as_json=as_json)
     is_done = False
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.train import TrainOptions, training_config
         from cluster.commands.train import train as train_with
 
@@ -300,7 +255,7 @@ def publish(
 ) -> None:
     """Swap an adapter into a running deployment between two steps; no request fails."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands import publish as command
 
         if (adapter is None) is not remove:
@@ -328,7 +283,7 @@ def generate(
 ) -> None:
     """Continue a prompt, streaming to stdout as it is generated."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands import talk
 
         address = _grpc_target(name, target, token, tls_cert)
@@ -352,7 +307,7 @@ def chat(
 ) -> None:
     """Talk with the model; /exit or Ctrl-D leaves."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands import talk
 
         address = _grpc_target(name, target, token, tls_cert)
@@ -366,49 +321,11 @@ def doctor(
 ) -> None:
     """Check this machine, and every node of the Ray cluster that the settings name."""
     output = Output(as_json=as_json)
-    with _reporting(output):
+    with reporting(output):
         from cluster.commands.settings import chosen_config
         from cluster.doctor import examine
 
         examine(chosen_config(config, model)[0], output)
-
-
-@contextmanager
-def _reporting(output: Output) -> Iterator[None]:
-    """Turn an expected failure into one line on stderr and an exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        output.note("interrupted")
-        raise typer.Exit(ExitCode.INTERRUPTED) from None
-    except _EXPECTED as error:
-        code = _exit_code(error)
-        if output.as_json:
-            output.failure({"error": {"message": str(error), "exit_code": int(code)}})
-        output.note(Text(f"motley: {error}"))
-        raise typer.Exit(code) from None
-
-
-def _exit_code(error: BaseException) -> ExitCode:
-    for kind, code in _CODE_OF_ERROR.items():
-        if isinstance(error, kind):
-            return code
-    return ExitCode.ERROR
-
-
-_CODE_OF_ERROR: dict[type[Exception], ExitCode] = {
-    ConfigError: ExitCode.USAGE,
-    AmbiguousNameError: ExitCode.USAGE,
-    InfeasiblePlanError: ExitCode.INFEASIBLE,
-    NotRunningError: ExitCode.NOT_RUNNING,
-    NotReadyError: ExitCode.NOT_READY,
-    UnauthorizedError: ExitCode.UNAUTHORIZED,
-    RefusedError: ExitCode.USAGE,
-    ChecksFailedError: ExitCode.ERROR,
-}
-
-_EXPECTED: tuple[type[Exception], ...] = (*_CODE_OF_ERROR, RuntimeError, OSError)
-"""What a user can cause; anything else is a defect and keeps its traceback."""
 
 
 def _ready_state(name: str | None) -> RunState:

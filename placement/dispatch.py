@@ -17,14 +17,13 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from placement.errors import NoDeviceError
-from placement.pooling.averages import SlotAverages
+from placement.pooling.live_prices import LivePrices
 from placement.pooling.outlook import Outlook, Progress, SlotVisit
 from placement.pooling.plan_table import PlanTable
-from placement.pooling.pool import SlotOption
 from placement.train_plan import TrainPlan
 from placement.training import TrainingCosts
 
@@ -32,13 +31,6 @@ QUEUE_SLOTS = 2
 """Of one device: one that runs and one whose weights are brought meanwhile."""
 LOOKAHEAD_SLOTS = 256
 """Slots that are decided in search of one that lands on a device with room."""
-FIRST_PATIENCE, LONGEST_PATIENCE = 4, 64
-"""Rounds after which a device that got slower, and was given nothing since, is tried again as if it
-had recovered; doubled each time that it has not."""
-EQUAL_WITHIN = 0.10
-"""Devices whose seconds differ by no more than this share take turns ..."""
-PARTED_AT = 0.20
-"""... until they differ by more than this one."""
 
 
 class Assignment(NamedTuple):
@@ -69,24 +61,13 @@ class SlotDispatcher:
         self, plan: TrainPlan, costs: TrainingCosts, *, queue_slots: int = QUEUE_SLOTS
     ) -> None:
         self._queue_slots = queue_slots
-        self._averages = SlotAverages()
-        self._first_alone_s: dict[str, float] = {}
-        """Per device, what a whole round would take alone by the first costs that named it."""
+        self._prices = LivePrices()
         self._tables: list[PlanTable] = []
         """In order of the rounds from which they hold."""
-        self._prices: dict[str, dict[tuple[int, int], SlotOption]] = {}
-        """Per device, by table and slot; forgotten when a measurement comes."""
         self._visits: dict[SlotVisit, Progress] = {}
         """Of rounds that are not done, in order of dispatch."""
         self._free_since_s: dict[str, float] = {}
         """When each device last finished a slot."""
-        self._last_round: dict[str, int] = {}
-        """Per device, the latest of which it was given a slot."""
-        self._patience: dict[str, int] = {}
-        """Rounds; see `FIRST_PATIENCE`."""
-        self._turns: dict[tuple[int, frozenset[str]], list[str]] = {}
-        """By table and available devices, those that take turns; forgotten like the prices."""
-        self._is_in_turn = False
         self.replan(plan, costs, from_round=0)
 
     def replan(self, plan: TrainPlan, costs: TrainingCosts, *, from_round: int) -> None:
@@ -96,12 +77,9 @@ class SlotDispatcher:
         been corrected by `factor` since makes no difference.
         """
         table = PlanTable(from_round, plan, costs)
-        for device_id, alone_s in table.alone_s.items():
-            self._first_alone_s.setdefault(device_id, alone_s)
         self._tables = [known for known in self._tables if known.first_round < from_round]
         self._tables.append(table)
-        self._prices.clear()
-        self._turns.clear()
+        self._prices.add(table)
 
     def choose(
         self,
@@ -123,7 +101,7 @@ class SlotDispatcher:
 
         Raises:
             NoDeviceError: No available device may run a slot, the one that kept its activations is
-                gone, or (after a loss) all wait for it already.
+                gone, or (when what waits was not taken back after a loss) nothing can move.
         """
         queued = Counter(p.device_id for p in self._visits.values() if not p.is_finished)
         room = {device_id for device_id in available if queued[device_id] < self._queue_slots}
@@ -132,16 +110,22 @@ class SlotDispatcher:
         outlook = Outlook(now_s, self._free_since_s)
         queues = self._queues(outlook)
         left = [SlotVisit(*at) for at in itertools.islice(pending, LOOKAHEAD_SLOTS)]
-        undecided = set(left)
+        waiting, undecided = set(left), set(left)
+        held: dict[int, SlotVisit] = {}
         for visit in left:
             self._advance(outlook, queues, undecided)
+            if visit.round_index in held:
+                continue
             device_id = self._best_device(visit, outlook, available, blocked=set(queues))
             if device_id is None:
-                return None
-            if device_id in room:
+                held[visit.round_index] = visit
+                continue
+            # Past a slot that is held up, only what certainly ends may take a device's place.
+            if device_id in room and not (held and visit.before in waiting):
                 return Assignment(*visit, device_id)
             self._add(outlook, visit, Progress(device_id, now_s))
             undecided.remove(visit)
+        self._check_progress(outlook, held)
         return None
 
     def dispatched(
@@ -149,10 +133,7 @@ class SlotDispatcher:
     ) -> None:
         """A slot was queued on a device, the chosen one or another."""
         self.forget(round_index, slot_index)
-        if self._is_tried(device_id, round_index):
-            patience = self._patience.get(device_id, FIRST_PATIENCE)
-            self._patience[device_id] = min(2 * patience, LONGEST_PATIENCE)
-        self._last_round[device_id] = max(self._last_round.get(device_id, 0), round_index)
+        self._prices.used(device_id, round_index)
         self._visits[SlotVisit(round_index, slot_index)] = Progress(device_id, now_s)
 
     def progressed(self, round_index: int, slot_index: int, *, now_s: float) -> None:
@@ -182,55 +163,39 @@ class SlotDispatcher:
     def forget(self, round_index: int, slot_index: int) -> None:
         """A slot was lost with its device, or taken back from its queue: it is pending again.
 
-        After a loss, take back every queued slot that still needs results while an earlier slot of
-        its round is pending: it would hold its device, perhaps in vain. A forward slot whose kept
-        activations are lost runs again before its backward slot.
+        After a loss, take back every slot but the first of each queue, and that one too if it
+        still needs results while an earlier slot of its round is pending: it would hold its device
+        in vain. A forward slot whose kept activations are lost runs again before its backward
+        slot.
         """
-        self._visits.pop(SlotVisit(round_index, slot_index), None)
+        visit = SlotVisit(round_index, slot_index)
+        progress = self._visits.pop(visit, None)
+        if progress and progress.is_finished and visit.after in self._visits:
+            self._visits[visit.after].is_fed = True
 
     def observe(
         self, round_index: int, slot_index: int, device_id: str, micro_batch_s: float
     ) -> None:
         """Take a measured micro-batch into account; `finished` does so itself."""
         table = self._table(round_index)
-        planned_s = self._planned(table, slot_index, device_id).total_s
-        self._averages.observe(device_id, table.slots[slot_index], planned_s, micro_batch_s)
-        if self._averages.seems_faster(device_id):
-            self._patience[device_id] = 1
-        elif self._averages.slow_down(device_id) == 1.0:
-            self._patience.pop(device_id, None)
-        self._prices.pop(device_id, None)
-        self._turns.clear()
+        self._prices.observe(table, slot_index, device_id, micro_batch_s)
 
     def slot_seconds(self, round_index: int, slot_index: int, device_id: str) -> float:
         """Return the expected seconds of one micro-batch."""
-        return self._option(self._table(round_index), slot_index, device_id).total_s
+        return self._prices.option(self._table(round_index), slot_index, device_id).total_s
 
     def factor(self, device_id: str) -> float:
         """Return by what factor a device is slower than the first costs that named it say; to plan
         again with `TrainingCosts.slowed`."""
-        return self._averages.factor(device_id)
+        return self._prices.factor(device_id)
 
     @property
     def is_round_robin(self) -> bool:
         """The devices took turns at the last choice."""
-        return self._is_in_turn
+        return self._prices.is_in_turn
 
     def _table(self, round_index: int) -> PlanTable:
         return next(t for t in reversed(self._tables) if t.first_round <= round_index)
-
-    def _planned(self, table: PlanTable, slot_index: int, device_id: str) -> SlotOption:
-        """Return the planned option in terms of the first costs that named the device."""
-        option = table.options[slot_index][device_id]
-        return _scaled(option, self._first_alone_s[device_id] / table.alone_s[device_id])
-
-    def _option(self, table: PlanTable, slot_index: int, device_id: str) -> SlotOption:
-        prices = self._prices.setdefault(device_id, {})
-        key = table.first_round, slot_index
-        if key not in prices:
-            scale = self._averages.scale(device_id, table.slots[slot_index])
-            prices[key] = _scaled(self._planned(table, slot_index, device_id), scale)
-        return prices[key]
 
     def _queues(self, outlook: Outlook) -> dict[str, deque[SlotVisit]]:
         """Return per device the slots that it was given and has not finished, oldest first."""
@@ -265,15 +230,32 @@ class SlotDispatcher:
     def _inputs_are_known(
         self, visit: SlotVisit, outlook: Outlook, undecided: Collection[SlotVisit]
     ) -> bool:
-        before = SlotVisit(visit.round_index, visit.slot_index - 1)
+        before = visit.before
+        if self._visits[visit].is_fed:
+            return True
         return before in outlook.ends_s or (before not in undecided and before not in self._visits)
+
+    def _check_progress(self, outlook: Outlook, held: Mapping[int, SlotVisit]) -> None:
+        """Raise where a slot is held up and nothing that runs can change that."""
+        is_moving = any(
+            visit in outlook.ends_s
+            for visit, progress in self._visits.items()
+            if not progress.is_finished
+        )
+        if held and not is_moving:
+            round_index, slot_index = min(held.values())
+            raise NoDeviceError(
+                f"slot {slot_index} of round {round_index} is to run, but every device that may "
+                f"run it has a slot queued that waits for a later one, or keeps another round's "
+                f"activations; take back what waits"
+            )
 
     def _add(self, outlook: Outlook, visit: SlotVisit, progress: Progress) -> None:
         table = self._table(visit.round_index)
         outlook.add(
             visit,
             progress,
-            self._option(table, visit.slot_index, progress.device_id),
+            self._prices.option(table, visit.slot_index, progress.device_id),
             outlook.inputs(visit, table.num_forward),
             self._link_s(table, visit, outlook, progress.device_id),
             table.micro_batches,
@@ -281,7 +263,7 @@ class SlotDispatcher:
 
     @staticmethod
     def _link_s(table: PlanTable, visit: SlotVisit, outlook: Outlook, device_id: str) -> float:
-        source = outlook.device_of.get(SlotVisit(visit.round_index, visit.slot_index - 1))
+        source = outlook.device_of.get(visit.before)
         return 0.0 if source is None else table.links_s[source].get(device_id, 0.0)
 
     def _best_device(
@@ -291,7 +273,8 @@ class SlotDispatcher:
         available: Collection[str],
         blocked: Collection[str],
     ) -> str | None:
-        """Return where a slot is predicted to end first; None: it must wait for memory."""
+        """Return where a slot is predicted to end first; None: it is held up, for every device that
+        may run it waits for a slot that is not decided, or keeps another round's activations."""
         table = self._table(visit.round_index)
         options = table.options[visit.slot_index]
         source = table.source(visit.slot_index)
@@ -303,18 +286,12 @@ class SlotDispatcher:
                 f"slot {visit.slot_index} may run on {', '.join(options)}, none of which is "
                 f"available; plan again for the {len(available)} devices that are"
             )
+        if table.kept_with[visit.slot_index] is not None:
+            blocked = {*blocked, *self._holders(visit.round_index, outlook)}
         able = [device_id for device_id in able if device_id not in blocked]
         if not able:
-            raise NoDeviceError(
-                f"slot {visit.slot_index} of round {visit.round_index} is to run, but every device "
-                f"that may run it has a slot queued that waits for it; take those back first"
-            )
-        if table.kept_with[visit.slot_index] is not None:
-            holders = self._holders(visit.round_index, outlook)
-            able = [device_id for device_id in able if device_id not in holders]
-            if not able:
-                return None
-        in_turn = self._devices_in_turn(table, available)
+            return None
+        in_turn = self._prices.devices_in_turn(table, available)
         if in_turn:
             position = visit.round_index * len(table.options) + visit.slot_index
             chosen = in_turn[position % len(in_turn)]
@@ -323,21 +300,13 @@ class SlotDispatcher:
         inputs = outlook.inputs(visit, table.num_forward)
 
         def end_s(device_id: str) -> float:
-            option = self._option(table, visit.slot_index, device_id)
-            if self._is_tried(device_id, visit.round_index):
-                option = _scaled(option, 1.0 / self._averages.slow_down(device_id))
+            option = self._prices.hopeful_option(
+                table, visit.slot_index, device_id, visit.round_index
+            )
             link_s = self._link_s(table, visit, outlook, device_id)
             return outlook.end_s(device_id, option, inputs, link_s, table.micro_batches)
 
         return min(able, key=end_s)
-
-    def _is_tried(self, device_id: str, round_index: int) -> bool:
-        """Whether the device is to be priced as fast as it once was."""
-        idle_rounds = round_index - self._last_round.get(device_id, 0)
-        return (
-            idle_rounds >= self._patience.get(device_id, FIRST_PATIENCE)
-            and self._averages.slow_down(device_id) > 1.0
-        )
 
     def _holders(self, round_index: int, outlook: Outlook) -> set[str]:
         """Return the devices that keep activations of another round for slots that are not decided.
@@ -367,19 +336,3 @@ class SlotDispatcher:
                 f"again first."
             )
         return device_id
-
-    def _devices_in_turn(self, table: PlanTable, available: Collection[str]) -> list[str]:
-        """Return the available devices in order of id where they are equal; else none."""
-        key = table.first_round, frozenset(available)
-        if key not in self._turns:
-            devices = [device_id for device_id in table.alone_s if device_id in available]
-            limit = PARTED_AT if self._is_in_turn else EQUAL_WITHIN
-            self._is_in_turn = table.may_take_turns(devices) and table.are_equal(
-                devices, lambda slot, device_id: self._option(table, slot, device_id).total_s, limit
-            )
-            self._turns[key] = devices if self._is_in_turn else []
-        return self._turns[key]
-
-
-def _scaled(option: SlotOption, factor: float) -> SlotOption:
-    return option._replace(lead_s=factor * option.lead_s, total_s=factor * option.total_s)

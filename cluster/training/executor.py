@@ -11,16 +11,16 @@ import asyncio
 import bisect
 import itertools
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
 
-from actors.pool_values import KeptKey, MicroBatchReport, SlotKey, SlotReport, SlotTask
+from actors.pool_values import MicroBatchReport, SlotReport, SlotTask
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.hosts import WeightHosts
+from cluster.training.pooled_device import PooledDevice, SlotReader, slot_key
 from cluster.training.rounds import Boundary, Round, Visit
 from placement.dispatch import SlotDispatcher
 from placement.errors import NoDeviceError
@@ -29,29 +29,6 @@ from placement.trace import Event
 from placement.train import PlannedSlot
 
 _ATTEMPTS = itertools.count()
-_SILENCE_S = 60.0
-_SILENCE_FACTOR = 20.0
-"""A device that has all that its slot needs, and streams nothing for so long, or for so many times
-what the slot should take, hangs."""
-
-
-@dataclass(eq=False)
-class PooledDevice:
-    """A live device of the pool."""
-
-    device: Device
-    actor: Any
-    queue: deque[Visit] = field(default_factory=deque)
-    last: Visit | None = None
-    """The newest visit that was sent to it."""
-    busy_s: float = 0.0
-    """Since the pool began."""
-    late_s: float = 0.0
-    """Paced only: by how much real work outlasted declared time."""
-    heard_s: float = 0.0
-    """When it last streamed something, or was given something."""
-    suspected_s: float | None = None
-    """`heard_s` when it was found silent for too long."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,16 +143,9 @@ class SlotExecutor:
         """Count devices as lost that hang; to be called now and then."""
         now_s = self._now_s()
         for pooled in list(self.devices.values()):
-            if not pooled.queue or not pooled.queue[0].is_fed:
-                continue
-            silent_s = now_s - pooled.heard_s
-            if silent_s <= max(_SILENCE_S, _SILENCE_FACTOR * self._expected_s(pooled.queue[0])):
-                continue
-            if pooled.suspected_s == pooled.heard_s:
+            if pooled.queue and pooled.hangs(now_s, self._expected_s(pooled.queue[0])):
+                silent_s = now_s - pooled.heard_s
                 self._lose(pooled, f"it has all that its slot needs and hung for {silent_s:.0f} s")
-            else:
-                # What it sent may be unread yet, when it was this process that stood still.
-                pooled.suspected_s = pooled.heard_s
 
     def _expected_s(self, visit: Visit) -> float:
         assert self.dispatcher is not None
@@ -188,8 +158,8 @@ class SlotExecutor:
         self._pending.clear()
         for pooled in self.devices.values():
             for visit in pooled.queue:
-                self._cancel(visit, pooled)
-            pooled.actor.forget_kept.options(concurrency_group="slots").remote()
+                pooled.cancel(visit)
+            pooled.forget_kept()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -227,7 +197,7 @@ class SlotExecutor:
         if pooled.device.kind == "paced":
             declared_s, lead_s = round_.declared(slot, pooled.device.id)
         return SlotTask(
-            key=_key(visit),
+            key=slot_key(visit),
             kind=slot.kind,
             first_layer=slot.first_layer,
             end_layer=slot.end_layer,
@@ -256,13 +226,13 @@ class SlotExecutor:
                 is_local = visit.is_local(kind, m)
                 references = [] if is_local else [visit.round.outputs[name, m] for name in names]
                 actor.feed.options(concurrency_group="feed").remote(
-                    _key(visit), m, visit.loads(kind, m), tuple(map(tuple, names)), *references
+                    slot_key(visit), m, visit.loads(kind, m), tuple(map(tuple, names)), *references
                 )
                 visit.num_fed[kind] += 1
 
     async def _follow(self, visit: Visit, attempt: int, pooled: PooledDevice, stream: Any) -> None:
         """Take what a slot streams, until its last word."""
-        reader = _Reader(visit, self._hooks.num_gradients(visit.slot))
+        reader = SlotReader(visit, self._hooks.num_gradients(visit.slot))
         try:
             async for reference in stream:
                 if not reader.is_report_next:
@@ -289,7 +259,7 @@ class SlotExecutor:
             self.fail(error)
 
     def _take(
-        self, visit: Visit, pooled: PooledDevice, report: MicroBatchReport, reader: _Reader
+        self, visit: Visit, pooled: PooledDevice, report: MicroBatchReport, reader: SlotReader
     ) -> None:
         assert self.dispatcher is not None
         round_, m = visit.round, report.micro_batch
@@ -319,7 +289,7 @@ class SlotExecutor:
             self._feed(other)
 
     def _finish(
-        self, visit: Visit, pooled: PooledDevice, report: SlotReport, reader: _Reader
+        self, visit: Visit, pooled: PooledDevice, report: SlotReport, reader: SlotReader
     ) -> None:
         assert self.dispatcher is not None
         round_ = visit.round
@@ -362,7 +332,7 @@ class SlotExecutor:
                 and not visit.is_fed
             ]
             for visit in stuck:
-                self._cancel(visit, other)
+                other.cancel(visit)
                 other.queue.remove(visit)
             self._repend([*stuck, *self._forget_kept(stuck, other)])
         self._hooks.on_device_lost(device_id, reason, len(lost))
@@ -370,18 +340,17 @@ class SlotExecutor:
 
     def _forget_kept(self, taken_back: list[Visit], pooled: PooledDevice) -> list[Visit]:
         """Drop what was kept for slots that may have used some of it up; returns who kept it."""
-        again, keys = [], []
+        again, forgotten = [], []
         for visit in taken_back:
             partner = visit.round.partner(visit.slot)
             if partner is None:
                 continue
             if visit.slot.kind == "forward":
-                keys.append(_kept_key(visit))
+                forgotten.append(visit)
             elif partner.is_done:
-                keys.append(_kept_key(partner))
                 again.append(partner)
-        if keys:
-            pooled.actor.forget_kept.options(concurrency_group="slots").remote(tuple(keys))
+        if forgotten or again:
+            pooled.forget_kept([*forgotten, *again])
         return again
 
     def _repend(self, visits: list[Visit]) -> None:
@@ -392,9 +361,6 @@ class SlotExecutor:
         self._pending += visits
         self._pending.sort(key=_order)
 
-    def _cancel(self, visit: Visit, pooled: PooledDevice) -> None:
-        pooled.actor.cancel.options(concurrency_group="control").remote(_key(visit))
-
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -404,44 +370,6 @@ class SlotExecutor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             self.fail(error)
-
-
-class _Reader:
-    """Tells arrays from reports in what a slot streams: it is known how many arrays come."""
-
-    def __init__(self, visit: Visit, num_gradients: int) -> None:
-        slot, round_ = visit.slot, visit.round
-        hands_on = slot.kind == "forward" or (slot.first_layer > 0 and round_.is_trained)
-        self._num_arrays = (len(round_.saves(slot)) if slot.kind == "forward" else 0) + hands_on
-        self._num_gradients = num_gradients if round_.is_trained else 0
-        self._left = round_.num_micro_batches
-        self._kept: list[Any] = []
-        self.last: Any = None
-        self.busy_s = 0.0
-
-    @property
-    def is_report_next(self) -> bool:
-        wanted = self._num_arrays if self._left else self._num_gradients
-        return len(self._kept) == wanted
-
-    def keep(self, reference: Any) -> None:
-        self._kept.append(reference)
-        self.last = reference
-
-    def take(self) -> list[Any]:
-        """Return the arrays since the last report."""
-        kept, self._kept = self._kept, []
-        self._left -= 1
-        return kept
-
-
-def _kept_key(forward: Visit) -> KeptKey:
-    slot, round_ = forward.slot, forward.round
-    return KeptKey(round_.step, round_.number, slot.first_layer, slot.end_layer)
-
-
-def _key(visit: Visit) -> SlotKey:
-    return SlotKey(visit.round.step, visit.round.number, visit.slot.index, visit.attempt)
 
 
 def _order(visit: Visit) -> tuple[int, int]:

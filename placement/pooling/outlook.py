@@ -16,6 +16,16 @@ class SlotVisit(NamedTuple):
     round_index: int
     slot_index: int
 
+    @property
+    def before(self) -> SlotVisit:
+        """The slot whose results it needs; of a round's first slot, one that does not exist."""
+        return SlotVisit(self.round_index, self.slot_index - 1)
+
+    @property
+    def after(self) -> SlotVisit:
+        """The slot that needs its results."""
+        return SlotVisit(self.round_index, self.slot_index + 1)
+
 
 @dataclass(slots=True)
 class Progress:
@@ -29,6 +39,8 @@ class Progress:
     last_end_s: float = math.nan
     """Of the micro-batches done so far."""
     is_finished: bool = False
+    is_fed: bool = False
+    """All its inputs exist, though the slot that made them is to run again."""
 
     def micro_batch_done(self, now_s: float) -> None:
         """Count one more."""
@@ -64,12 +76,10 @@ class Outlook:
     def inputs(self, visit: SlotVisit, num_forward: int) -> Inputs:
         """Return when the slot before hands on, and when what a backward slot recomputes from is
         saved; what is not known is there now."""
-        round_index, slot_index = visit
-        before = SlotVisit(round_index, slot_index - 1)
-        first_s, last_s = self.ends_s.get(before, (self.now_s, self.now_s))
-        if slot_index <= num_forward:
+        first_s, last_s = self.ends_s.get(visit.before, (self.now_s, self.now_s))
+        if visit.slot_index <= num_forward:
             return Inputs(first_s, last_s)
-        saved = SlotVisit(round_index, num_forward - 1)
+        saved = SlotVisit(visit.round_index, num_forward - 1)
         return Inputs(first_s, last_s, *self.ends_s.get(saved, (-math.inf, -math.inf)))
 
     def end_s(

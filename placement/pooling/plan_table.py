@@ -32,6 +32,8 @@ class PlanTable:
             for row in slot_options(SlotPrices(costs), schedule)
         ]
         """Per slot, planned on the devices that may run it, in order of id."""
+        self.device_ids = sorted({device_id for row in self.options for device_id in row})
+        """Those that may run any slot."""
         self.links_s = {
             names[a]: {names[b]: costs.hand_off_s[a][b] for b in in_order} for a in in_order
         }

@@ -20,6 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from actors.engine.schedule import learning_rate
+from actors.engine.training_config import OptimizerSettings
+from actors.engine.training_values import IGNORED
+
+ROOT = Path(__file__).resolve().parents[2]
 NUM_STAGES = 2
 _TIMEOUT_S = 500.0
 
@@ -61,7 +66,12 @@ def measure(task: Task) -> list[CutResult]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "task.json"
         path.write_text(json.dumps(asdict(task)), encoding="utf-8")
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
         errors = [Path(folder) / f"stderr-{rank}" for rank in range(NUM_STAGES)]
         processes = []
         for rank, error in enumerate(errors):
@@ -106,50 +116,67 @@ def _main(path: Path, rank: int) -> None:
     torch.distributed.destroy_process_group()
 
 
+class _Pipeline:
+    """This process's stage, its schedule and its optimizer."""
+
+    def __init__(self, task: Task, rank: int, cut: int) -> None:
+        import torch
+        from torch.distributed.pipelining import PipelineStage, Schedule1F1B
+
+        self._task = task
+        self._is_last = rank == NUM_STAGES - 1
+        self._settings = OptimizerSettings(**task.optimizer)
+        self._module = _stage_module(task, rank, cut)
+        self._optimizer = torch.optim.AdamW(
+            _groups(self._module, self._settings.weight_decay),
+            betas=(self._settings.beta1, self._settings.beta2),
+            eps=self._settings.epsilon,
+            fused=True,
+        )
+        self._scale = 0.0
+        stage = PipelineStage(self._module, rank, NUM_STAGES, torch.device("cpu"))
+        self._schedule = Schedule1F1B(
+            stage, task.micro_batches, loss_fn=self._loss, scale_grads=False
+        )
+
+    def step(self, step: int, tokens_NT: Any, targets_NT: Any) -> float:
+        """Take an optimizer step over N sequences; returns the loss, 0 on the first stage."""
+        self._scale = 1.0 / int((targets_NT != IGNORED).sum())
+        parts: list[Any] = []
+        if self._is_last:
+            self._schedule.step(target=targets_NT, losses=parts, return_outputs=False)
+        else:
+            self._schedule.step(tokens_NT)
+        _clip(self._module, self._settings.clip_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, step, self._task.num_steps)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return float(sum(part.detach() for part in parts))
+
+    def _loss(self, logits_BTV: Any, targets_BT: Any) -> Any:
+        import torch
+
+        rows = logits_BTV.float().flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(
+            rows, targets_BT.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        return self._scale * loss
+
+
 def _run(task: Task, rank: int, cut: int, tokens: Any, targets: Any) -> dict[str, Any]:
     """Train with one cut; the losses are those of the last stage."""
     import torch
-    from torch.distributed.pipelining import PipelineStage, Schedule1F1B
 
-    from actors.engine.schedule import learning_rate
-    from actors.engine.training_config import OptimizerSettings
-
-    settings = OptimizerSettings(**task.optimizer)
-    module = _stage_module(task, rank, cut)
-    optimizer = torch.optim.AdamW(
-        _groups(module, settings.weight_decay),
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        fused=True,
-    )
-    scale = 0.0
-
-    def loss_of(logits: Any, target: Any) -> Any:
-        rows = logits.float().flatten(0, 1)
-        return scale * torch.nn.functional.cross_entropy(rows, target.flatten(), reduction="sum")
-
-    stage = PipelineStage(module, rank, NUM_STAGES, torch.device("cpu"))
-    schedule = Schedule1F1B(stage, task.micro_batches, loss_fn=loss_of, scale_grads=False)
+    pipeline = _Pipeline(task, rank, cut)
     seconds, losses = [], []
     for step in range(task.steps):
-        step_tokens = tokens[step, : task.micro_batches].flatten(0, 1)
-        step_targets = targets[step, : task.micro_batches].flatten(0, 1)
+        part = step, slice(task.micro_batches)
         torch.distributed.barrier()
         began_s = time.perf_counter()
-        scale = 1.0 / int((step_targets >= 0).sum())
-        parts: list[Any] = []
-        if rank == 0:
-            schedule.step(step_tokens)
-        else:
-            schedule.step(target=step_targets, losses=parts, return_outputs=False)
-        _clip(module, settings.clip_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(settings, step, task.num_steps)
-        optimizer.step()
-        optimizer.zero_grad()
+        losses.append(pipeline.step(step, tokens[part].flatten(0, 1), targets[part].flatten(0, 1)))
         torch.distributed.barrier()
         seconds.append(time.perf_counter() - began_s)
-        losses.append(float(sum(part.detach() for part in parts)))
     return asdict(CutResult(cut, seconds, losses))
 
 
@@ -222,11 +249,11 @@ def save_batches(path: Path, steps: Sequence[Sequence[Any]]) -> None:
     every = [batch for step in steps for batch in step]
     if any((batch.documents_BT > 0).any() for batch in every):
         raise ValueError("a sequence holds more than one document; train on one long text")
-    arrays = {
-        name: np.stack([[getattr(b, f"{name}_BT") for b in step] for step in steps])
-        for name in ("tokens", "targets")
-    }
-    np.savez(path, **arrays)
+    np.savez(
+        path,
+        tokens=np.stack([[batch.tokens_BT for batch in step] for step in steps]),
+        targets=np.stack([[batch.targets_BT for batch in step] for step in steps]),
+    )
 
 
 if __name__ == "__main__":

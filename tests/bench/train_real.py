@@ -13,9 +13,10 @@ million parameters), so no cut between layers halves the work.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,16 @@ MICRO_BATCHES = 8
 ROUNDS_PER_STEP = 2
 WARM_UP_STEPS = 2
 LEAST = 1.2
+MEMORY_BYTES = 256 * 2**20
+"""Of a device: what 1F1B's first stage takes, 16 bytes for each of 12.5 million parameters, and
+activations."""
+ENVIRONMENT = {
+    # glibc maps and unmaps a tensor as large as the logits each time; huge pages make that cheap.
+    "THP_MEM_ALLOC_ENABLE": "1",
+    # Ray's workers would yield to everything else on the machine, which the baseline does not.
+    "RAY_worker_niceness": "0",
+}
+"""Of both sides."""
 LOSS_TOLERANCE = 1e-3
 """Relative: sums of float32 in another order."""
 
@@ -100,7 +111,7 @@ def make_config(case: Case, name: str, *, asynchronous: bool) -> MotleyConfig:
             "devices": [
                 {
                     "id": device_id, "kind": "cpu", "flops_per_s": 4e10,
-                    "memory_bytes_per_s": 1e10, "memory_bytes": 2**31,
+                    "memory_bytes_per_s": 1e10, "memory_bytes": MEMORY_BYTES,
                 }
                 for device_id in ("cpu-a", "cpu-b")
             ],
@@ -135,26 +146,26 @@ def run_motley(case: Case, name: str, *, asynchronous: bool) -> list[StepDone]:
 
 def baseline_task(case: Case, **changes: Any) -> Task:
     settings = make_config(case, "", asynchronous=False).training
-    values = {
-        "model": str(case.model),
-        "batches": str(case.batches),
-        "cuts": (NUM_LAYERS,),
-        "steps": case.steps,
-        "micro_batches": settings.micro_batches * settings.rounds_per_step,
-        "with_checkpointing": True,
-        "optimizer": settings.optimizer.model_dump(),
-        "num_steps": settings.steps,
-    }
-    return Task(**(values | changes))
+    task = Task(
+        model=str(case.model),
+        batches=str(case.batches),
+        cuts=(NUM_LAYERS,),
+        steps=case.steps,
+        micro_batches=settings.micro_batches * settings.rounds_per_step,
+        with_checkpointing=True,
+        optimizer=settings.optimizer.model_dump(),
+        num_steps=settings.steps,
+    )
+    return replace(task, **changes)
 
 
-def find_cut(case: Case, *, with_checkpointing: bool) -> int:
-    """Try all cuts on a few micro-batches."""
+def find_cut(case: Case, *, with_checkpointing: bool, quick: bool) -> int:
+    """Try all cuts, each on a few steps."""
     few = baseline_task(
         case,
         cuts=tuple(range(1, NUM_LAYERS + 1)),
-        steps=2,
-        micro_batches=MICRO_BATCHES // 2,
+        steps=3,
+        micro_batches=MICRO_BATCHES // 2 if quick else MICRO_BATCHES,
         with_checkpointing=with_checkpointing,
     )
     return best_cut(few)
@@ -181,8 +192,8 @@ def measure_once(case: Case, repeat: int, cuts: dict[bool, int]) -> dict[str, fl
     for mode in ("synchronous", "asynchronous"):
         steps = run_motley(case, f"{mode}-{repeat}", asynchronous=mode == "asynchronous")
         losses = [step.loss for step in steps]
-        # Asynchronous gradients are one step old from the third step on.
-        same = len(losses) if mode == "synchronous" else 2
+        # Asynchronous gradients are one step old from the second step on.
+        same = len(losses) if mode == "synchronous" else 1
         check_losses(losses[:same], expected[:same], mode)
         rates[mode] = case.tokens_per_s([step.seconds for step in steps])
         idle = steps[-1].idle_fractions
@@ -199,28 +210,35 @@ def figures_of(runs: list[dict[str, float]]) -> list[Figure]:
     """Medians of the ratios, each of measurements that followed each other."""
     figures = []
     for mode in ("synchronous", "asynchronous"):
-        for key, least in ((f"1F1B {_with(True)}", LEAST), (f"1F1B {_with(False)}", None)):
+        for with_checkpointing in (True, False):
+            key = f"1F1B {_with(with_checkpointing)}"
             ratio = median([rates[mode] / rates[key] for rates in runs])
             value = median([rates[mode] for rates in runs])
             name = f"training tokens/s, heavy head, two processes, {mode}, beside {key}"
-            figures.append(at_least(name, value, value / ratio, least))
+            figure = at_least(name, value, value / ratio, LEAST)
+            if not with_checkpointing:
+                figure = replace(figure, target="none", met=True)
+            figures.append(figure)
     return figures
 
 
-def measure_real(quick: bool) -> list[Figure]:
+def real_figures(*, quick: bool) -> list[Figure]:
     """Return the figures; prints a line a measurement."""
+    os.environ.update(ENVIRONMENT)
     with tempfile.TemporaryDirectory() as folder:
         case = make_case(Path(folder), steps=5 if quick else 10)
-        cuts = {key: find_cut(case, with_checkpointing=key) for key in (True, False)}
+        cuts = {key: find_cut(case, with_checkpointing=key, quick=quick) for key in (True, False)}
         for key, cut in cuts.items():
             print(f"1F1B {_with(key)}: best cut {cut} layers and {NUM_LAYERS - cut} with the head")
         return figures_of([measure_once(case, n, cuts) for n in range(1 if quick else 3)])
 
 
 def main() -> None:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
-    report(measure_real(parser.parse_args().quick))
+    report(real_figures(quick=parser.parse_args().quick))
 
 
 if __name__ == "__main__":

@@ -57,6 +57,8 @@ class _Visit:
     """Micro-batches done, or under way."""
     num_done: int = 0
     is_lost: bool = False
+    is_fed: bool = False
+    """Its inputs exist, though the slot that made them is lost."""
 
 
 class SlotExecutor:
@@ -127,10 +129,15 @@ class SlotExecutor:
                 lost.append(visit)
         gone = {visit.at for visit in lost}
         for queue in self._queues.values():
-            lost += [visit for visit in queue if visit not in lost and self._waits(visit, gone)]
+            stays = [v for v in queue[:1] if not self._waits(v, gone)]
+            lost += [visit for visit in queue if visit not in lost and visit not in stays]
         for visit in lost:
             visit.is_lost = True
             del self._visits[visit.at]
+            self.run.ended_s.pop(visit.at, None)
+            after = self._visits.get((visit.at[0], visit.at[1] + 1))
+            if after and visit.num_done == self._plan(visit.at[0]).micro_batches:
+                after.is_fed = True
             if visit in self._queues[visit.device_id]:
                 self._queues[visit.device_id].remove(visit)
             self.dispatcher.forget(*visit.at)
@@ -202,7 +209,7 @@ class SlotExecutor:
         if micro_batch:
             ready_s = visit.ends_s[-1]
         round_index, slot = visit.at
-        if not slot:
+        if not slot or visit.is_fed:
             return ready_s + option.total_s
         before = self._visits.get((round_index, slot - 1))
         if before is None or before.num_done <= micro_batch:
@@ -212,8 +219,8 @@ class SlotExecutor:
         arrival_s = max(
             before.ends_s[m] + (micro_batch - m + 1) * link_s for m in range(micro_batch + 1)
         )
-        if option.lead_s and plan.num_forward:
-            saved = self._visits[round_index, plan.num_forward - 1]
+        saved = self._visits.get((round_index, plan.num_forward - 1))
+        if option.lead_s and saved and saved.ends_s:
             ready_s = max(ready_s, saved.ends_s[micro_batch])
         return max(ready_s, arrival_s - option.lead_s) + option.total_s
 
