@@ -104,8 +104,10 @@ class SlotDispatcher:
                 gone, or (when what waits was not taken back after a loss) nothing can move.
         """
         queued = Counter(p.device_id for p in self._visits.values() if not p.is_finished)
-        room = {device_id for device_id in available if queued[device_id] < self._queue_slots}
-        if not room:
+        planned = {device_id for table in self._tables for device_id in table.device_ids}
+        usable = planned & set(available)
+        room = {device_id for device_id in usable if queued[device_id] < self._queue_slots}
+        if usable and not room:
             return None
         outlook = Outlook(now_s, self._free_since_s)
         queues = self._queues(outlook)

@@ -322,21 +322,30 @@ class SlotExecutor:
         pooled.queue.clear()
         for round_ in self._done:
             lost += round_.lost_with(device_id)
-        earliest = {visit.round: visit.slot.index for visit in sorted(lost, key=_order)[::-1]}
         self._repend(lost)
-        for other in self.devices.values():
-            stuck = [
-                visit
-                for visit in other.queue
-                if visit.slot.index > earliest.get(visit.round, len(visit.round.slots))
-                and not visit.is_fed
-            ]
-            for visit in stuck:
-                other.cancel(visit)
-                other.queue.remove(visit)
-            self._repend([*stuck, *self._forget_kept(stuck, other)])
+        while stuck := list(self._stuck()):
+            for other, visits in stuck:
+                for visit in visits:
+                    other.cancel(visit)
+                    other.queue.remove(visit)
+                self._repend([*visits, *self._forget_kept(visits, other)])
         self._hooks.on_device_lost(device_id, reason, len(lost))
         self.pump()
+
+    def _stuck(self) -> Iterator[tuple[PooledDevice, list[Visit]]]:
+        """Yield what stands in a queue although it may wait for a visit that is pending again.
+
+        What a device has begun stays when its inputs are all sent, or will be.
+        """
+        pending = {visit.round: visit.slot.index for visit in reversed(self._pending)}
+        for pooled in self.devices.values():
+            visits = list(pooled.queue)[1:]
+            for first in list(pooled.queue)[:1]:
+                earliest = pending.get(first.round, len(first.round.slots))
+                if earliest < first.slot.index and not first.is_fed:
+                    visits.insert(0, first)
+            if visits:
+                yield pooled, visits
 
     def _forget_kept(self, taken_back: list[Visit], pooled: PooledDevice) -> list[Visit]:
         """Drop what was kept for slots that may have used some of it up; returns who kept it."""

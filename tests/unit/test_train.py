@@ -14,14 +14,19 @@ from published_profiles import GPT_OSS_20B, PROFILES, QWEN3_1_7B, QWEN3_235B, TI
 from published_profiles import PublishedProfile as Profile
 from training_pools import pools
 
+from cluster.commands.tables import training_summary, training_table
+from cluster.quantities import format_bytes
 from placement.errors import InfeasiblePlanError
 from placement.pooling.cuts import Cut, all_cuts, even_counts, least_stages, neighbours
 from placement.pooling.keeping import kept_neighbours
 from placement.pooling.search import EXHAUSTIVE_LAYERS, FINE, CutSimulator, Objective
 from placement.pooling.slot_prices import SlotPrices
 from placement.simulate import simulate_slots, steady_state
+from placement.topology import Device, LinkRate, Topology
 from placement.train import TrainPlan, plan_cut, plan_train
 from placement.training import Slot, SlotSchedule, TrainingCosts, slots_from_counts
+from placement.training_costs import training_costs
+from placement.workload import LayerCost, ModelProfile, TrainingWorkload
 
 QUICK = 20_000
 """Search effort for tests that do not ask how good a plan is."""
@@ -373,6 +378,51 @@ def mirrors(cut: Cut) -> int:
     """How many stages next to the fused slot are the same forward and backward."""
     pairs = zip(reversed(cut.forward), cut.backward, strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def test_the_table_says_what_is_kept_and_the_summary_what_is_repeated() -> None:
+    slots = slots_from_counts([1, 1], 2, [1, 1])
+    plan = plan_cut(heavy((9_999,)), slots, micro_batches=2, grain="keep")
+    plain = plan_cut(heavy((9_999,)), slots, micro_batches=2)
+
+    assert "(2 use kept activations)" in training_summary(plan).plain
+    assert "(2 recompute their stage at once)" in training_summary(plain).plain
+    headings = [str(column.header) for column in training_table(plan).columns]
+    assert "kept" in headings
+    [kept] = training_table(plan).columns[headings.index("kept")].cells
+    assert kept == format_bytes(400)
+    assert "kept" not in [column.header for column in training_table(plain).columns]
+
+
+# Hand-offs
+
+
+def test_a_hand_off_takes_at_least_what_the_control_plane_does() -> None:
+    layer = LayerCost(flops_per_token=1e9, weight_bytes=1000, kv_bytes_per_token=1)
+    end = LayerCost(flops_per_token=0.0, weight_bytes=1000, kv_bytes_per_token=0)
+    profile = ModelProfile(
+        name="tiny", embedding=end, layers=(layer,), head=end, hidden_bytes_per_token=100
+    )
+    topology = Topology(
+        devices=tuple(
+            Device(
+                id=name, node=node, kind="cpu", flops_per_s=1e12, memory_bytes_per_s=1e11,
+                memory_bytes=1 << 30,
+            )
+            for name, node in (("a", "x"), ("b", "x"), ("c", "y"))
+        ),
+        default_link=LinkRate(bandwidth_bytes_per_s=1e5, latency_s=0.0),
+    )  # fmt: skip
+    load = TrainingWorkload(micro_batches=1, sequences_per_micro_batch=1, sequence_tokens=10)
+
+    free = training_costs(profile, topology, load).hand_off_s
+    costs = training_costs(profile, topology, load, hand_off_s=0.003).hand_off_s
+
+    # 1000 bytes take 10 ms from x to y, and next to nothing within x.
+    assert free[0][1] < 0.003 < free[0][2] == pytest.approx(0.01)
+    assert costs == ((0.0, 0.003, free[0][2]), (0.003, 0.0, free[1][2]), (*free[2][:2], 0.0))
+    with pytest.raises(ValueError, match=r"hand_off_s \(-1\) must be 0 or more"):
+        training_costs(profile, topology, load, hand_off_s=-1)
 
 
 # Invariants
