@@ -7,6 +7,7 @@ counts it.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import ray
 import torch
 from figures import Figure, at_least
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -232,12 +234,23 @@ def measure(config: MotleyConfig, speeds: Sequence[float]) -> Measured:
 
     run(config, on_event)
     steady = steps[1:-1]
+    for step in steps:
+        print(
+            f"step {step.step}: {step.seconds:.2f} s, {step.tokens_per_s:.0f} tokens/s, idle "
+            + ", ".join(f"{d} {100 * idle:.0f} %" for d, idle in step.idle_fractions.items()),
+            flush=True,
+        )
     seconds = sum(step.seconds for step in steady)
     idle = {
         device_id: sum(step.idle_fractions[device_id] * step.seconds for step in steady) / seconds
         for device_id in steady[0].idle_fractions
     }
     weighted = sum(speed * idle[f"gpu{index}"] for index, speed in enumerate(speeds))
+    print(
+        f"planned {plans[0].seconds_per_round:.2f} s a round, {100 * plans[0].idle_fraction:.1f} % "
+        f"idle; {len(plans[0].slots)} slots",
+        flush=True,
+    )
     return Measured(plans[0], sum(step.tokens for step in steady) / seconds, weighted / sum(speeds))
 
 
@@ -284,21 +297,43 @@ def _trimmed(counts: list[int]) -> list[int]:
     return counts
 
 
-def measure_bound(folder: Path, effort: Effort) -> Measured:
+def tiers_label(speeds: Sequence[float]) -> str:
+    """Name the mix of speeds."""
+    return f"{len(speeds)} devices of four speeds"
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """One Ray for all runs; a node takes seconds to start."""
+    ray.init(
+        num_cpus=16,
+        include_dashboard=False,
+        object_store_memory=400 * 2**20,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def measure_bound(folder: Path, speeds: Sequence[float], effort: Effort) -> Measured:
     """The best static pipeline: one stage a device, 1F1B, recompute, a flush at every step."""
     forward_s = effort.layer_forward_s
     profile = Checkpoint.open(str(folder / "model")).profile(dtype_bytes=4)
     layer, head = profile.layers[0], profile.head
     # As the cost model prices it: recompute as long as forward, backward twice as long.
     head_s = 3 * forward_s * head.flops_per_token / layer.flops_per_token
-    order, counts = best_static_cut(FOUR_TIERS, 4 * forward_s, 0.25, head_s)
+    order, counts = best_static_cut(speeds, 4 * forward_s, 0.25, head_s)
     used = [(device, n) for device, n in zip(order[:-1], counts[:-1], strict=True) if n]
     devices = [f"gpu{device}" for device, _ in used] + [f"gpu{order[-1]}"]
     layers = [n for _, n in used]
     micro_batches = MICRO_BATCHES * effort.rounds_per_step
     config = make_config(
         folder,
-        FOUR_TIERS,
+        speeds,
         effort,
         micro_batches=1,
         rounds_per_step=micro_batches,
@@ -306,16 +341,18 @@ def measure_bound(folder: Path, effort: Effort) -> Measured:
         optimizer={"asynchronous": False},
     )
     with dispatching(bound_1f1b(devices, micro_batches)):
-        return measure(config, FOUR_TIERS)
+        return measure(config, speeds)
 
 
 def paced_figures(*, quick: bool) -> list[Figure]:
     """Run everything paced; minutes."""
     effort = QUICK if quick else FULL
+    step = 2 if quick else 1
+    equal, tiers = EQUAL[::step], FOUR_TIERS[::step]
     figures = []
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory() as name, ray_session():
         folder = Path(name)
-        for label, speeds in (("8 equal devices", EQUAL), ("four tiers twice", FOUR_TIERS)):
+        for label, speeds in ((f"{len(equal)} equal devices", equal), (tiers_label(tiers), tiers)):
             pool = measure(make_config(folder, speeds, effort), speeds)
             value, simulated = 100 * pool.idle_fraction, 100 * pool.plan.idle_fraction
             figures.append(
@@ -330,12 +367,12 @@ def paced_figures(*, quick: bool) -> list[Figure]:
                 )
             )
         with dispatching(RoundRobin):
-            turns = measure(make_config(folder, FOUR_TIERS, effort), FOUR_TIERS)
-        bound = measure_bound(folder, effort)
+            turns = measure(make_config(folder, tiers, effort), tiers)
+        bound = measure_bound(folder, tiers, effort)
     for what, other, least in (
         ("strict round robin", turns, 2.5),
         ("the best static 1F1B pipeline with recompute", bound, 1.3),
     ):
-        name = f"training tokens/s, four tiers twice, beside {what}"
+        name = f"training tokens/s, {tiers_label(tiers)}, beside {what}"
         figures.append(at_least(name, pool.tokens_per_s, other.tokens_per_s, least, kind="paced"))
     return figures
