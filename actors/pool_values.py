@@ -68,6 +68,8 @@ class SlotTask:
     first_micro_batch: int
     scales: LossScales
     is_trained: bool
+    version: int
+    """Of the weights."""
     declared_s: float | None = None
     """What a paced device takes for one micro-batch."""
     declared_lead_s: float = 0.0

@@ -26,6 +26,8 @@ class _Part(NamedTuple):
     is_frozen: bool
     object_id: str
     """A version that is published again, after a weight host died, is another object."""
+    version: int
+    """0 for what is frozen."""
 
 
 class Residency:
@@ -44,15 +46,16 @@ class Residency:
         self._newest: dict[tuple[str, bool], _Part] = {}
         self._placed: dict[str, frozenset[_Part]] = {}
 
-    def bring(self, key: SlotKey, weights: Mapping[str, tuple[Any, Any]]) -> None:
+    def bring(self, key: SlotKey, version: int, weights: Mapping[str, tuple[Any, Any]]) -> None:
         """Bring a slot's weights, (trained, frozen) references by unit, that are not here yet;
         everything stays until `release`."""
+        self._forget_before(version - 1)
         started_s = time.monotonic()
         brought_bytes = 0
         for unit, references in weights.items():
             for is_frozen, reference in zip((False, True), references, strict=True):
                 if reference is not None:
-                    part = _Part(unit, is_frozen, reference.hex())
+                    part = _Part(unit, is_frozen, reference.hex(), 0 if is_frozen else version)
                     brought_bytes += self._bring(key, part, reference)
         if self._host_bytes_per_s:
             # A device with a declared host link takes at least the link's time.
@@ -77,8 +80,7 @@ class Residency:
             for part in self._claims.pop(key, ()):
                 if part in self._parts:
                     self._parts.move_to_end(part)
-            claimed = {part for parts in self._claims.values() for part in parts}
-            free = [part for part in self._parts if part not in claimed]
+            free = self._unclaimed()
             for part in free:
                 if self._newest[part.unit, part.is_frozen] != part:
                     self._drop(part)
@@ -88,6 +90,17 @@ class Residency:
                     break
                 if part in self._parts:
                     used_bytes -= self._drop(part)
+
+    def _unclaimed(self) -> list[_Part]:
+        claimed = {part for parts in self._claims.values() for part in parts}
+        return [part for part in self._parts if part not in claimed]
+
+    def _forget_before(self, version: int) -> None:
+        """Drop versions that no coming slot can ask for: on a CPU they are shared memory."""
+        with self._lock:
+            for part in self._unclaimed():
+                if not part.is_frozen and part.version < version:
+                    self._drop(part)
 
     def _bring(self, key: SlotKey, part: _Part, reference: Any) -> int:
         with self._lock:

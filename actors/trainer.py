@@ -72,7 +72,7 @@ class DeviceWorker:
         box = self._box(task.key)
         try:
             if not box.is_cancelled:
-                self._residency.bring(task.key, weights)
+                self._residency.bring(task.key, task.version, weights)
         except Exception as error:  # noqa: BLE001 - raised again by the slot that waits for them
             box.fail(error)
         else:
@@ -255,7 +255,8 @@ class _Visit:
         (given, loads), waited_s = self._box.take((kind, m), self._timeout_s)
         tensors = {}
         for name, tensor in given.items():
-            found = self._found[name, m] if tensor is None else tensor.to(self._device)
+            # Taken out, so that it does not lie here while this slot leaves its own.
+            found = self._found.pop((name, m)) if tensor is None else tensor.to(self._device)
             tensors[name[1]] = found
         return (tensors, loads), waited_s
 

@@ -71,9 +71,11 @@ class WeightHostWorker:
     def load(self) -> Iterator[Published]:
         """Read every unit from the checkpoint and publish it as version 0."""
         for name, unit in self._units.items():
+            # In float32, so that masters begin with all the bits that the checkpoint has.
             trained, frozen = initial_weights(
-                self._checkpoint, unit, self._spec.lora, dtype=self._dtype, seed=self._spec.seed
+                self._checkpoint, unit, self._spec.lora, dtype=torch.float32, seed=self._spec.seed
             )
+            frozen = frozen.to(self._dtype)
             reference = None
             if unit.trained:
                 self._shard.load(name, trained)

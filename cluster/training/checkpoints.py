@@ -44,6 +44,8 @@ _FIXED_SETTINGS = (
     "sequence_tokens",
     "sequences_per_micro_batch",
 )
+# What may be changed to save a run that diverged.
+_FREE_OPTIMIZER_SETTINGS = ("learning_rate", "warmup_steps", "final_fraction", "clip_norm")
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +103,11 @@ def fixed_settings(
     `facts` are of the caller's choice, as the number of documents or a digest of the data.
     """
     kept = settings.model_dump(mode="json", include=set(_FIXED_SETTINGS))
+    for name in _FREE_OPTIMIZER_SETTINGS:
+        del kept["optimizer"][name]
+    if settings.optimizer.asynchronous:
+        # It decides when the pool is drained, and so which weights a step runs on.
+        kept["checkpoint_every_steps"] = settings.checkpoint_every_steps
     return {"model": model} | facts | dict(_flat("training", kept))
 
 

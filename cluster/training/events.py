@@ -52,6 +52,10 @@ class TrainingStarted:
     host_bytes: HostBytes
     num_documents: int
     num_sequences: int
+    num_left_out: int = 0
+    """Records with nothing to learn."""
+    num_cut: int = 0
+    """Documents longer than a sequence: their later pieces do not see the earlier ones."""
     resumed_from: Path | None
 
 

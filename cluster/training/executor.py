@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.pool_values import MicroBatchReport, SlotReport, SlotTask
 from cluster.training.errors import HostsLostError, TrainingError
@@ -112,11 +112,17 @@ class SlotExecutor:
         self._progress.set()
 
     def _ready(self) -> Iterator[tuple[int, int]]:
-        """Yield, in order, the pending visits up to the first whose weights are not published."""
+        """Yield, in order, the pending visits of each round up to the first whose weights are not
+        published."""
+        blocked: set[Round] = set()
         for visit in self._pending:
-            if not self._weights.table.has(self._hooks.units_of(visit.slot), visit.round.version):
-                return
-            yield visit.order
+            units = self._hooks.units_of(visit.slot)
+            if visit.round in blocked:
+                continue
+            if self._weights.table.has(units, visit.round.version):
+                yield visit.order
+            else:
+                blocked.add(visit.round)
 
     def fail(self, error: BaseException) -> None:
         """End all rounds with an error; nothing is dispatched any more."""
@@ -183,7 +189,8 @@ class SlotExecutor:
         self.dispatcher.dispatched(*visit.order, pooled.device.id, now_s=self._now_s())
         task = self._task(visit, pooled)
         weights = self._weights.table.references(units, round_.version)
-        pooled.actor.prepare.options(concurrency_group="weights").remote(task, weights)
+        prepared = pooled.actor.prepare.options(concurrency_group="weights").remote(task, weights)
+        self._spawn(self._note_prepared(visit, pooled, prepared))
         stream = pooled.actor.run_slot.options(
             concurrency_group="slots", num_returns="streaming"
         ).remote(task, round_.batches_reference)
@@ -207,6 +214,7 @@ class SlotExecutor:
             first_micro_batch=round_.first_micro_batch,
             scales=round_.scales,
             is_trained=round_.is_trained,
+            version=round_.version,
             declared_s=declared_s,
             declared_lead_s=lead_s,
             needs_saved=any(boundary.kind == "hidden" for boundary in visit.needs),
@@ -229,6 +237,17 @@ class SlotExecutor:
                     slot_key(visit), m, visit.loads(kind, m), tuple(map(tuple, names)), *references
                 )
                 visit.num_fed[kind] += 1
+
+    async def _note_prepared(self, visit: Visit, pooled: PooledDevice, prepared: Any) -> None:
+        """Weights take their time to come: a device is not silent while it waits for them."""
+        attempt = visit.attempt
+        try:
+            await prepared
+        except RayError:
+            return  # the slot's own stream tells
+        if visit.attempt == attempt:
+            visit.is_prepared = True
+            pooled.heard_s = self._now_s()
 
     async def _follow(self, visit: Visit, attempt: int, pooled: PooledDevice, stream: Any) -> None:
         """Take what a slot streams, until its last word."""
@@ -378,7 +397,13 @@ class SlotExecutor:
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            self.fail(error)
+            is_known = isinstance(error, TrainingError) or not isinstance(error, RayError)
+            self.fail(error if is_known else TrainingError(f"Ray failed: {_last_line(error)}"))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__
 
 
 def _order(visit: Visit) -> tuple[int, int]:
@@ -387,11 +412,10 @@ def _order(visit: Visit) -> tuple[int, int]:
 
 def _explain(error: RayTaskError, visit: Visit, pooled: PooledDevice) -> BaseException:
     cause = error.cause if getattr(error, "cause", None) is not None else error
-    if isinstance(cause, OwnerDiedError | HostsLostError):
+    if isinstance(cause, ObjectLostError | HostsLostError):
         return HostsLostError("a weight host is lost: its weights cannot be read")
-    text = str(cause).strip().splitlines()
     slot = visit.slot
     return TrainingError(
         f"step {visit.round.step + 1}: {pooled.device.id} failed in the {slot.kind} slot of layers "
-        f"{slot.first_layer} to {slot.end_layer}: {text[-1] if text else type(cause).__name__}"
+        f"{slot.first_layer} to {slot.end_layer}: {_last_line(cause)}"
     )

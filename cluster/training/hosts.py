@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import OwnerDiedError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.arrays import Array
 from actors.engine.training_values import EMBEDDING_UNIT, TIED_INPUT, Unit
 from actors.fleet import Host
 from actors.weights import Published, WeightHostActor, WeightHostSpec
-from cluster.training.errors import HostsLostError
+from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.events import HostBytes
 from cluster.training.rounds import Round
 from placement.train import PlannedSlot
@@ -70,7 +70,6 @@ class WeightHosts:
         self.table = WeightTable(units)
         self._is_tied = is_tied
         self._actors: list[Any] = []
-        self._shares: list[list[str]] = []
         self._host_of: dict[str, Any] = {}
         self._adds: list[Any] = []
         self._rounds_per_step = rounds_per_step
@@ -82,8 +81,7 @@ class WeightHosts:
         """Start the actors and load the checkpoint's own weights as version 0."""
         self.stop()
         self.table = WeightTable(self.units)
-        self._shares = share_units(self.units, len(hosts))
-        for host, share in zip(hosts, self._shares, strict=True):
+        for host, share in zip(hosts, share_units(self.units, len(hosts)), strict=True):
             if not share:
                 continue
             options = {
@@ -235,5 +233,11 @@ def _losses() -> Iterator[None]:
     """Turn the death of a host into one error."""
     try:
         yield
-    except (RayActorError, OwnerDiedError, TimeoutError) as error:
-        raise HostsLostError(f"a weight host is lost: {str(error).splitlines()[0]}") from error
+    except (RayActorError, ObjectLostError, TimeoutError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if "creation task" in lines[0]:
+            raise TrainingError(f"a weight host did not start: {lines[-1]}") from error
+        raise HostsLostError(f"a weight host is lost: {lines[0]}") from error
+    except RayError as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise TrainingError(f"a weight host failed: {lines[-1]}") from error

@@ -26,6 +26,8 @@ class TrainingJob:
     units: tuple[Unit, ...]
     batches: Batches
     held_out: Batches | None
+    num_left_out: int
+    """Records with nothing to learn."""
     folder: RunFolder
     resumed_from: Path | None
     state: TrainingState | None
@@ -69,10 +71,21 @@ def open_job(config: MotleyConfig, *, resume: bool) -> TrainingJob:
     checkpoint = Checkpoint.open(
         config.model, allow_unverified=config.engine.allow_unverified_architectures
     )
+    if settings.lora is not None and "lm_head" in settings.lora.target_modules:
+        raise ConfigError(
+            "training.lora.target_modules: an adapter on lm_head cannot be served; leave it out"
+        )
     units = training_units(checkpoint, settings.lora)
-    documents = read_documents(
-        settings.data, checkpoint.path, sequence_tokens=settings.sequence_tokens
-    )
+    data = settings.data
+    if settings.evaluate_every_steps is None:
+        # Nothing is kept from learning that nobody looks at.
+        data = data.model_copy(update={"held_out_fraction": 0.0})
+    documents = read_documents(data, checkpoint.path, sequence_tokens=settings.sequence_tokens)
+    if settings.evaluate_every_steps is not None and not len(documents.held_out):
+        raise ConfigError(
+            f"training.evaluate_every_steps is {settings.evaluate_every_steps}, but none of the "
+            f"{len(documents.train)} documents is held out; name some in training.data.held_out"
+        )
 
     def batches_of(part: Any) -> Batches:
         return Batches(
@@ -96,7 +109,8 @@ def open_job(config: MotleyConfig, *, resume: bool) -> TrainingJob:
     state = None
     if resumed_from is not None:
         state = folder.load_state(resumed_from)
-        state.check_same(fixed)
+        # The number format is known when the devices are.
+        state.check_same(fixed | {"compute_dtype": state.settings.get("compute_dtype")})
         if state.step > settings.steps:
             raise ConfigError(
                 f"training.steps ({settings.steps}) is less than the {state.step} steps of "
@@ -108,6 +122,7 @@ def open_job(config: MotleyConfig, *, resume: bool) -> TrainingJob:
         units=units,
         batches=batches,
         held_out=batches_of(documents.held_out) if len(documents.held_out) else None,
+        num_left_out=documents.num_left_out,
         folder=folder,
         resumed_from=resumed_from,
         state=state,

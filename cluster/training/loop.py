@@ -3,7 +3,8 @@
 Weights of version v have v optimizer steps in them. A synchronous step k (from 0) runs on version
 k; its first slots begin as soon as their units are published, while others are still being
 stepped. An asynchronous one runs on version k - 1: its gradients are one step old. Checkpoints
-drain the pool, so that a resumed run and an unbroken one go through the same versions.
+drain the pool, so that a resumed run and an unbroken one go through the same versions; a stop by
+signal drains it at a step of its own, which an asynchronous run resumes one step less stale.
 """
 
 from __future__ import annotations
@@ -107,22 +108,28 @@ class TrainingLoop:
             await self._recover(error)
         self._tell(
             TrainingStarted(
-                first_step=self._step,
+                first_step=self._step + 1,
                 num_steps=self._settings.steps,
                 host_bytes=await self._machines.weights.host_bytes(),
                 num_documents=self._job.batches.num_documents,
                 num_sequences=self._job.batches.num_sequences,
+                num_left_out=self._job.num_left_out,
+                num_cut=self._job.batches.num_cut,
                 resumed_from=self._job.resumed_from,
             )
         )
         self._progress.last_step_s = time.monotonic()
+        tokens_before = self._progress.tokens
         while self._step < self._settings.steps and not self._stopping.is_set():
             await self._until_checkpoint()
         path = self._job.folder.latest()
         seconds = time.monotonic() - began_s
         self._tell(
             TrainingFinished(
-                step=self._step, path=path, seconds=seconds, tokens=self._progress.tokens
+                step=self._step,
+                path=path,
+                seconds=seconds,
+                tokens=self._progress.tokens - tokens_before,
             )
         )
 
@@ -134,6 +141,7 @@ class TrainingLoop:
         """Bring the weights of the newest checkpoint, or the model's own, into host memory."""
         folder = self._job.folder.latest()
         self._step = 0
+        self._progress.tokens, self._progress.losses = 0, []
         if folder is not None:
             state = self._job.folder.load_state(folder)
             self._step = state.step
@@ -317,7 +325,6 @@ class TrainingLoop:
         targets = sum(batch.num_targets for batch in batches)
         loss = sum(sum(round_.losses.values()) for round_ in rounds) / max(1, targets)
         seconds = time.monotonic() - began_s
-        self._progress.last_step_s += seconds
         self._tell(Evaluated(step=step + 1, loss=loss, tokens=targets, seconds=seconds))
 
     def _again(self, round_: Round, m: int) -> Round:

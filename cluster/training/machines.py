@@ -45,6 +45,7 @@ from cluster.training.pool import StartedDevice, start_again, start_devices, sto
 from cluster.training.rounds import units_of
 from placement.costs import memory_cap_bytes
 from placement.dispatch import SlotDispatcher
+from placement.errors import InfeasiblePlanError
 from placement.topology import Device, Topology
 from placement.trace import Event
 from placement.train import PlannedSlot
@@ -74,6 +75,10 @@ class Machines:
         self._hosts = dict(hosts)
         self._tell = on_event
         self.dtype = _compute_dtype(job, topology)
+        # Another number format would change what the rest of the run computes.
+        self._fixed = job.fixed | {"compute_dtype": self.dtype}
+        if job.state is not None:
+            job.state.check_same(self._fixed)
         width = getattr(torch, self.dtype).itemsize
         config = _planned_config(job)
         self._planner = RunPlanner(config, job.checkpoint.profile(dtype_bytes=width), topology)
@@ -82,7 +87,7 @@ class Machines:
         self._started: dict[str, StartedDevice] = {}
         self._watching: list[asyncio.Task[None]] = []
         self._traced: list[Event] | None = [] if trace else None
-        self._busy_mark: tuple[float, dict[str, float]] = (0.0, {})
+        self._busy_mark: tuple[float, dict[str, float]] = (time.monotonic(), {})
         self.weights = WeightHosts(
             job.units, is_tied=job.is_tied, rounds_per_step=job.settings.rounds_per_step
         )
@@ -117,7 +122,13 @@ class Machines:
             return
         job = self._job
         dtype = getattr(torch, job.settings.optimizer.weight_dtype)
-        saved = None if job.settings.lora else Checkpoint.open(str(folder))
+        saved = (
+            None
+            if job.settings.lora
+            else Checkpoint.open(
+                str(folder), allow_unverified=job.config.engine.allow_unverified_architectures
+            )
+        )
         for unit in job.units:
             if not unit.trained:
                 continue
@@ -132,6 +143,7 @@ class Machines:
 
             flat, state = await asyncio.to_thread(read)
             await self.weights.restore(unit.name, step, flat, state)
+        self.weights.table.drop_below(step)
 
     async def restart_hosts(self) -> None:
         """Start the weight hosts anew after one died; what devices were doing is given up."""
@@ -153,7 +165,13 @@ class Machines:
                 for device_id in self.executor.devices
                 if device_id in self._plan.device_ids
             }
-            self._plan = self._planner.again(self.executor.devices.keys(), factors)
+            try:
+                self._plan = self._planner.again(self.executor.devices.keys(), factors)
+            except InfeasiblePlanError as error:
+                # The devices that are left cannot do it; the one that is lost may come back.
+                self._is_outdated = True
+                _log.warning("no plan for %s: %s", ", ".join(self.executor.devices), error)
+                return self._plan
             self.executor.dispatcher.replan(
                 self._plan.plan, self._plan.costs, from_round=round_index
             )
@@ -188,7 +206,7 @@ class Machines:
         state = TrainingState(
             step=step,
             seed=job.settings.seed,
-            settings=job.fixed,
+            settings=self._fixed,
             tokens_seen=tokens,
             losses=losses,
         )
@@ -272,7 +290,8 @@ class Machines:
         share = next(share for share in plan.devices if share.device_id == device.id)
         cap = memory_cap_bytes(device.memory_bytes, job.config.plan.headroom_fraction)
         spare = max(0, cap - share.peak_bytes)
-        in_use = 2 * max(slot.weight_bytes for slot in plan.slots)
+        own = [slot for slot in plan.slots if device.id in slot.device_ids]
+        in_use = 2 * max(slot.weight_bytes for slot in own)
         return PoolDeviceSpec(
             device=device,
             model=str(job.checkpoint.path),
@@ -284,16 +303,17 @@ class Machines:
             seed=job.settings.seed,
             threads=job.config.engine.cpu_threads,
             weights_cap_bytes=spare // 2 + in_use,
-            outputs_cap_bytes=spare // 2,
+            # A slot's results wait beside those of the slot before.
+            outputs_cap_bytes=spare // 4,
             wait_timeout_s=_WAIT_TIMEOUT_S,
         )
 
     def _is_used(self, device: Device) -> bool:
-        plan = self._planner.first.plan
-        return any(share.device_id == device.id for share in plan.devices)
+        return any(device.id in slot.device_ids for slot in self._planner.first.plan.slots)
 
     def _use(self, started: StartedDevice) -> None:
         self._started[started.spec.device.id] = started
+        self._busy_mark[1].pop(started.spec.device.id, None)
         self.executor.add_device(started.spec.device, started.actor)
 
     def _lost(self, device_id: str, reason: str, num_slots: int) -> None:

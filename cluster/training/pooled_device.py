@@ -13,6 +13,8 @@ from placement.topology import Device
 
 _SILENCE_S = 60.0
 _SILENCE_FACTOR = 20.0
+_UPLOAD_S = 600.0
+"""The same, while weights are on their way."""
 
 
 @dataclass(eq=False)
@@ -46,7 +48,9 @@ class PooledDevice:
         """Whether it has all that its slot needs, and streams nothing for a minute and for many
         times the `expected_s` seconds of the slot; asked now and then."""
         silent_s = now_s - self.heard_s
-        if not self.queue[0].is_fed or silent_s <= max(_SILENCE_S, _SILENCE_FACTOR * expected_s):
+        first = self.queue[0]
+        least_s = _SILENCE_S if first.is_prepared else _UPLOAD_S
+        if not first.is_fed or silent_s <= max(least_s, _SILENCE_FACTOR * expected_s):
             return False
         # The first time, what it sent may be unread: it may be this process that stood still.
         was_suspected = self._suspected_s == self.heard_s

@@ -213,10 +213,7 @@ def _happened(
         case CheckpointSaved():
             return f"step {event.step}: saved {event.path} ({event.seconds:.1f} s)"
         case CheckpointFailed():
-            return (
-                f"step {event.step}: no checkpoint: {event.reason}. "
-                f"The one before is kept and training goes on"
-            )
+            return f"step {event.step}: no checkpoint: {event.reason}. Those before it are kept"
         case DeviceLost():
             return (
                 f"lost device {event.device_id}: {event.reason}; "
@@ -269,9 +266,22 @@ def _started_lines(event: TrainingStarted) -> list[str]:
     return [
         f"{_count(event.num_documents, 'document')} in "
         f"{_count(event.num_sequences, 'sequence')} to learn from",
+        *_data_notes(event),
         *host_lines(event.host_bytes),
         f"step {event.first_step} of {event.num_steps} follows{came}",
     ]
+
+
+def _data_notes(event: TrainingStarted) -> list[str]:
+    notes = []
+    if event.num_left_out:
+        notes.append(f"{_count(event.num_left_out, 'record')} left out: nothing in them to learn")
+    if event.num_cut:
+        notes.append(
+            f"{_count(event.num_cut, 'document')} longer than a sequence: cut, and later pieces do "
+            "not see earlier ones"
+        )
+    return notes
 
 
 def host_lines(host: HostBytes) -> list[str]:

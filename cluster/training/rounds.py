@@ -51,6 +51,8 @@ class Visit:
         """Micro-batches whose last result stayed on the device."""
         self.local_from: Visit | None = None
         """The visit before, when it runs on the same device right before this one."""
+        self.is_prepared = False
+        """Its weights are on the device."""
         self.is_done = False
 
     @property
@@ -98,6 +100,7 @@ class Visit:
         self.num_fed = dict.fromkeys(self.kinds, 0)
         self.left = {}
         self.local_from = None
+        self.is_prepared = False
         self.is_done = False
 
 

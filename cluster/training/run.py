@@ -20,7 +20,7 @@ import ray
 
 from cluster.config import MotleyConfig
 from cluster.inventory import find_hosts, find_topology
-from cluster.ray_session import connect
+from cluster.ray_session import connect, ray_options
 from cluster.training.events import TrainingEvent
 from cluster.training.job import TrainingJob, open_job
 from cluster.training.loop import TrainingLoop
@@ -73,7 +73,10 @@ async def _session(job: TrainingJob) -> AsyncIterator[None]:
     if ray.is_initialized():
         yield
         return
-    await asyncio.to_thread(connect, with_object_store(job))
+    options = ray_options(job.config)
+    # A cluster that is joined has the object store that it has.
+    config = job.config if "address" in options else with_object_store(job)
+    await asyncio.to_thread(connect, config)
     try:
         yield
     finally:

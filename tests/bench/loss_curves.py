@@ -92,18 +92,14 @@ def make_config(folder: Path, seed: int, kind: str) -> MotleyConfig:
 
 
 def pooled(folder: Path, seed: int, kind: str) -> Curve:
-    """Train over the pool; prints the first seed's slots."""
-    losses: list[float] = []
-
-    def on_event(event: TrainingEvent) -> None:
-        if isinstance(event, StepDone):
-            losses.append(event.loss)
-        elif isinstance(event, TrainingPlanned) and seed == 0:
+    """Train over the pool; prints its slots."""
+    events: list[TrainingEvent] = []
+    run(make_config(folder, seed, kind), events.append)
+    for event in events:
+        if isinstance(event, TrainingPlanned):
             slots = [(s.kind, s.first_layer, s.end_layer, s.grain) for s in event.plan.slots]
-            print(f"{kind}: slots {slots}", flush=True)
-
-    run(make_config(folder, seed, kind), on_event)
-    return Curve(kind, seed, losses)
+            print(f"{kind}, seed {seed}: slots {slots}", flush=True)
+    return Curve(kind, seed, [event.loss for event in events if isinstance(event, StepDone)])
 
 
 def plain(folder: Path, seed: int) -> Curve:

@@ -131,17 +131,13 @@ def make_config(case: Case, name: str, *, asynchronous: bool) -> MotleyConfig:
 
 def run_motley(case: Case, name: str, *, asynchronous: bool) -> list[StepDone]:
     """Train to the end; prints the slots that were planned."""
-    steps: list[StepDone] = []
-
-    def on_event(event: TrainingEvent) -> None:
-        if isinstance(event, StepDone):
-            steps.append(event)
-        elif isinstance(event, TrainingPlanned):
+    events: list[TrainingEvent] = []
+    run(make_config(case, name, asynchronous=asynchronous), events.append)
+    for event in events:
+        if isinstance(event, TrainingPlanned):
             slots = [(s.kind, s.first_layer, s.end_layer, s.grain) for s in event.plan.slots]
             print(f"{name}: slots {slots}", flush=True)
-
-    run(make_config(case, name, asynchronous=asynchronous), on_event)
-    return steps
+    return [event for event in events if isinstance(event, StepDone)]
 
 
 def baseline_task(case: Case, **changes: Any) -> Task:

@@ -11,6 +11,7 @@ from cluster.training.pooled_device import PooledDevice
 @dataclass
 class FakeVisit:
     is_fed: bool = True
+    is_prepared: bool = True
 
 
 def device(visit: Any, *, heard_s: float) -> PooledDevice:
@@ -42,3 +43,9 @@ def test_a_slot_that_takes_long_may_be_silent_for_long() -> None:
     long = device(FakeVisit(), heard_s=0.0)
     asked_s = (100.0, 199.0, 201.0, 203.0)
     assert [long.hangs(now_s, expected_s=10.0) for now_s in asked_s] == [False, False, False, True]
+
+
+def test_a_device_whose_weights_are_on_their_way_has_ten_minutes() -> None:
+    waiting = device(FakeVisit(is_prepared=False), heard_s=0.0)
+    asked_s = (599.0, 601.0, 603.0)
+    assert [waiting.hangs(now_s, expected_s=1.0) for now_s in asked_s] == [False, False, True]

@@ -214,7 +214,7 @@ def test_all_that_happens_beside_steps_is_told() -> None:
         "12 documents in 30 sequences",
         "step 1 of 4 follows",
         "step 2: saved run/step-000002 (0.2 s)",
-        "step 3: no checkpoint: no space left. The one before is kept and training goes on",
+        "step 3: no checkpoint: no space left. Those before it are kept",
         "lost device gpu1: its actor died; 2 slots run again elsewhere",
         "device gpu2 joins from the next round on",
         "lost the weights: node b died; going on from step 2",

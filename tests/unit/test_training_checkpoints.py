@@ -348,6 +348,8 @@ def resumed(before: TrainingSettings, after: TrainingSettings, **models: str) ->
 def test_the_same_settings_resume_and_so_does_a_longer_run() -> None:
     resumed(settings(), settings())
     resumed(settings(steps=100), settings(steps=200, keep_checkpoints=5, loss_chunk_tokens=7))
+    lower = OptimizerSettings(learning_rate=1e-5, clip_norm=0.1)
+    resumed(settings(), settings(optimizer=lower))
 
 
 @pytest.mark.parametrize(
@@ -357,8 +359,8 @@ def test_the_same_settings_resume_and_so_does_a_longer_run() -> None:
         ({"sequence_tokens": 4}, "training.sequence_tokens was 2048 and is 4"),
         ({"rounds_per_step": 2}, "training.rounds_per_step was 4 and is 2"),
         (
-            {"optimizer": OptimizerSettings(learning_rate=0.5)},
-            "training.optimizer.learning_rate was 0.0001 and is 0.5",
+            {"optimizer": OptimizerSettings(weight_decay=0.5)},
+            "training.optimizer.weight_decay was 0.01 and is 0.5",
         ),
         ({"lora": LoraSettings(rank=4)}, "training.lora.rank was not set and is 4"),
         (
