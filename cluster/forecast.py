@@ -10,6 +10,7 @@ from typing import Any
 from cluster.config import MotleyConfig
 from cluster.planning import (
     best_single_device_plan,
+    dtype_bytes,
     make_plan,
     serving_workload,
     settings_errors,
@@ -153,6 +154,9 @@ def training_forecast(
                 sequences_per_micro_batch=load.sequences_per_micro_batch,
                 sequence_tokens=load.sequence_tokens,
                 trained_fraction=load.trained_fraction,
+            ),
+            weight_dtype_bytes=dtype_bytes(
+                config.engine, [device.kind for device in topology.devices]
             ),
             headroom_fraction=config.plan.headroom_fraction,
             hand_off_s=HAND_OFF_S,

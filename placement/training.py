@@ -50,9 +50,11 @@ class TrainingCosts:
     first device to the second; 0 on the diagonal."""
     weight_upload_s: tuple[tuple[float, ...], ...]
     """[D][L] Seconds to bring a layer's weights; overlaps compute."""
+    head_upload_s: tuple[float, ...]
+    """[D] The same of the head's."""
     layer_weight_bytes: tuple[int, ...]
     layer_gradient_bytes: tuple[int, ...]
-    """[L] 0 where a layer is frozen."""
+    """[L] In float32 whatever the weights are in; 0 where a layer is frozen."""
     head_weight_bytes: int
     head_gradient_bytes: int
     layer_activation_bytes: tuple[int, ...]
@@ -73,9 +75,9 @@ class TrainingCosts:
             for device_id, row in zip(self.device_ids, rows, strict=True):
                 self._check_length(f"{field} of {device_id}", row, num_layers, "layers")
                 _check_numbers(f"{field} of {device_id}", row, zero=field == "weight_upload_s")
-        for field in ("head_forward_s", "head_backward_s"):
+        for field in ("head_forward_s", "head_backward_s", "head_upload_s"):
             self._check_length(field, getattr(self, field), len(self.device_ids), "devices")
-            _check_numbers(field, getattr(self, field), zero=False)
+            _check_numbers(field, getattr(self, field), zero=field == "head_upload_s")
         self._check_hand_offs()
         self._check_bytes(num_layers)
 
@@ -124,6 +126,7 @@ class TrainingCosts:
                 for a in range(num_devices)
             ),
             weight_upload_s=((0.0,) * num_layers,) * num_devices,
+            head_upload_s=(0.0,) * num_devices,
             layer_weight_bytes=(layer_weight_bytes,) * num_layers,
             layer_gradient_bytes=(layer_gradient_bytes,) * num_layers,
             head_weight_bytes=head_weight_bytes,
@@ -151,6 +154,7 @@ class TrainingCosts:
             self.weight_upload_s,
             self.head_forward_s,
             self.head_backward_s,
+            self.head_upload_s,
             self.memory_bytes,
             strict=True,
         )
@@ -178,6 +182,7 @@ class TrainingCosts:
             head_backward_s=rows(self.head_backward_s),
             hand_off_s=tuple(rows(row) for row in rows(self.hand_off_s)),
             weight_upload_s=rows(self.weight_upload_s),
+            head_upload_s=rows(self.head_upload_s),
             layer_weight_bytes=self.layer_weight_bytes,
             layer_gradient_bytes=self.layer_gradient_bytes,
             head_weight_bytes=self.head_weight_bytes,

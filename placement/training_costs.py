@@ -34,6 +34,8 @@ BACKWARD_PER_FORWARD = 2.0
 TRAINING_STATE_BYTES = 16.0
 """Of one parameter in mixed precision: 2 of weight, 2 of gradient, 4 of master weight and 8 of
 AdamW moments (Piper; the same as ZeRO's count)."""
+_GRADIENT_BYTES = 4
+"""Of one parameter in a pool: gradients are summed in float32 whatever the weights are in."""
 
 
 def saved_activation_bytes(
@@ -143,12 +145,15 @@ def training_costs(
     topology: Topology,
     workload: TrainingWorkload,
     *,
+    weight_dtype_bytes: int = 4,
     headroom_fraction: float = 0.1,
     hand_off_s: float = 0.0,
 ) -> TrainingCosts:
     """Price one micro-batch of every layer on every device, for `placement.train`.
 
-    Weights come from the host memory of the device's own node. The embedding belongs to layer 0.
+    Weights come from the host memory of the device's own node. The embedding belongs to layer 0,
+    also where the head has its matrix as well (tied): a fused slot over all layers is taken to
+    hold it twice. `weight_dtype_bytes` is that of the profile's weights.
     Activations that differ between devices are taken at their largest. A hand-off between two
     devices takes at least `hand_off_s`: what the control plane takes to pass one result on.
 
@@ -162,7 +167,10 @@ def training_costs(
     kinds = list(dict.fromkeys(layers))
     rows = [_layer_rows(device, profile, workload) for device in devices]
     boundary_bytes = profile.hidden_bytes_per_token * workload.tokens
-    trained = workload.trained_fraction
+    weight_bytes = [layer.weight_bytes for layer in layers]
+    weight_bytes[0] += profile.embedding.weight_bytes
+    head_bytes = profile.head.weight_bytes
+    gradient_per_weight = workload.trained_fraction * _GRADIENT_BYTES / weight_dtype_bytes
     return TrainingCosts(
         device_ids=tuple(device.id for device in devices),
         nodes=tuple(device.node for device in devices),
@@ -179,12 +187,13 @@ def training_costs(
             for source in devices
         ),
         weight_upload_s=tuple(
-            tuple(_upload_s(device, layer.weight_bytes) for layer in layers) for device in devices
+            tuple(_upload_s(device, size) for size in weight_bytes) for device in devices
         ),
-        layer_weight_bytes=tuple(layer.weight_bytes for layer in layers),
-        layer_gradient_bytes=tuple(math.ceil(layer.weight_bytes * trained) for layer in layers),
-        head_weight_bytes=profile.head.weight_bytes,
-        head_gradient_bytes=math.ceil(profile.head.weight_bytes * trained),
+        head_upload_s=tuple(_upload_s(device, head_bytes) for device in devices),
+        layer_weight_bytes=tuple(weight_bytes),
+        layer_gradient_bytes=tuple(math.ceil(size * gradient_per_weight) for size in weight_bytes),
+        head_weight_bytes=head_bytes,
+        head_gradient_bytes=math.ceil(head_bytes * gradient_per_weight),
         layer_activation_bytes=_activations(devices, layers, kinds, workload),
         boundary_bytes=boundary_bytes,
         memory_bytes=tuple(

@@ -37,7 +37,7 @@ from cluster.training.events import (
 from cluster.training.executor import SlotExecutor
 from cluster.training.job import TrainingJob
 from cluster.training.machines import Machines
-from cluster.training.nonfinite import one_of, where_not_finite
+from cluster.training.nonfinite import where_not_finite
 from cluster.training.rounds import Round
 from placement.topology import Topology
 
@@ -327,12 +327,6 @@ class TrainingLoop:
         seconds = time.monotonic() - began_s
         self._tell(Evaluated(step=step + 1, loss=loss, tokens=targets, seconds=seconds))
 
-    def _again(self, round_: Round, m: int) -> Round:
-        self._num_rounds += 1
-        return one_of(
-            round_, m, index=self._num_rounds - 1, reference=ray.put((round_.batches[m],))
-        )
-
     async def _save(self) -> None:
         began_s = time.monotonic()
         try:
@@ -350,11 +344,12 @@ class TrainingLoop:
 
     async def _not_finite(self, under_way: _Step, fact: str) -> TrainingError:
         """Find the layer, and say what is left of the run."""
+        # The run ends here: what else is under way would only keep the devices busy.
+        await self._machines.executor.drain()
         place = await where_not_finite(
             self._machines.weights,
-            self._machines.executor,
+            tuple(self._machines.executor.devices.values()),
             under_way.rounds,
-            self._again,
             getattr(torch, self._machines.dtype),
         )
         newest = self._job.folder.latest()

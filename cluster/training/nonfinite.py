@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
+from ray.exceptions import RayError
 
 from actors.engine.arrays import as_tensor
-from cluster.training.executor import SlotExecutor
+from actors.engine.training_values import EMBEDDING_UNIT, layer_unit
+from actors.pool_values import SlotKey, SlotTask
 from cluster.training.hosts import WeightHosts
-from cluster.training.rounds import Boundary, Round
+from cluster.training.pooled_device import PooledDevice
+from cluster.training.rounds import Round
+
+_PROBE_TIMEOUT_S = 60.0
+_ATTEMPT = -1
+"""No visit has it once it is sent to a device."""
 
 
 async def where_not_finite(
     weights: WeightHosts,
-    executor: SlotExecutor,
+    devices: Sequence[PooledDevice],
     rounds: Sequence[Round],
-    again: Callable[[Round, int], Round],
     dtype: torch.dtype,
 ) -> str:
     """Say which layer, of which micro-batch, first held what is not finite.
 
-    `again` makes the round that runs one micro-batch of another once more, without training, and
-    keeps every layer's input.
+    The layers run once more, one at a time, on the roomiest of `devices`: beside the dispatcher,
+    for what it has queued may wait for weights that a run which ends here never publishes.
     """
     bad_units = await weights.non_finite_units()
     if bad_units:
@@ -34,36 +40,44 @@ async def where_not_finite(
         (rounds[0], 0),
     )
     which = f"micro-batch {suspect.first_micro_batch + m}"
-    probe = again(suspect, m)
-    await executor.submit(probe)
-    for layer in sorted(boundary.layer for boundary, _ in probe.outputs):
-        array = await probe.outputs[Boundary("hidden", layer), 0]
-        if not bool(as_tensor(array, dtype).isfinite().all()):
-            return f"layer {layer - 1} is the first whose output is not finite ({which})"
-    fused = next(slot for slot in suspect.slots if slot.kind == "fused")
-    layers = f"layers {fused.first_layer} to {fused.end_layer - 1}, " * (
-        fused.first_layer < fused.end_layer
-    )
-    return f"all layers below {fused.first_layer} are finite: look at {layers}the head ({which})"
+    if not devices:
+        return f"no device is left to find the layer that it began in ({which})"
+    pooled = max(devices, key=lambda pooled: pooled.device.memory_bytes)
+    try:
+        async with asyncio.timeout(_PROBE_TIMEOUT_S):
+            layer = await _first_layer(weights, pooled, suspect, m, dtype)
+    except TimeoutError:
+        return f"which layer it began in was not found within {_PROBE_TIMEOUT_S:g} s ({which})"
+    except RayError as error:
+        fact = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return f"which layer it began in could not be found: {fact} ({which})"
+    if layer is None:
+        return f"the outputs of all layers are finite: look at the head, or the gradients ({which})"
+    return f"layer {layer} is the first whose output is not finite ({which})"
 
 
-def one_of(round_: Round, m: int, *, index: int, reference: object) -> Round:
-    """Return a round that runs one micro-batch of another forward and keeps all it passes."""
-    slots = round_.slots
-    return Round(
-        index=index,
-        step=round_.step,
-        number=round_.number + _LATER,
-        slots=slots,
-        batches=(round_.batches[m],),
-        batches_reference=reference,
-        first_micro_batch=round_.first_micro_batch + m,
-        scales=round_.scales,
-        version=round_.version,
-        declared_s=round_.declared_s,
-        is_trained=False,
-        saves_all=True,
-    )
-
-
-_LATER = int(np.iinfo(np.int32).max)
+async def _first_layer(
+    weights: WeightHosts, pooled: PooledDevice, round_: Round, m: int, dtype: torch.dtype
+) -> int | None:
+    """Return the first layer whose output is not finite; None: all are."""
+    hidden, loads = None, None
+    for layer in range(max(slot.end_layer for slot in round_.slots)):
+        task = SlotTask(
+            key=SlotKey(round_.step, round_.number, layer, _ATTEMPT),
+            kind="forward",
+            first_layer=layer,
+            end_layer=layer + 1,
+            grain="none",
+            is_kept=False,
+            saves=(),
+            first_micro_batch=round_.first_micro_batch + m,
+            scales=round_.scales,
+            is_trained=False,
+            version=round_.version,
+        )
+        units = [layer_unit(layer)] if layer else [EMBEDDING_UNIT, layer_unit(layer)]
+        references = weights.table.references(units, round_.version)
+        hidden, loads = await pooled.run_alone(task, references, round_.batches[m], hidden, loads)
+        if not bool(as_tensor(await hidden, dtype).isfinite().all()):
+            return layer
+    return None

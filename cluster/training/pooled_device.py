@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from actors.pool_values import KeptKey, SlotKey
+from actors.engine.training_values import MicroBatch, RouterLoads
+from actors.pool_values import KeptKey, SlotKey, SlotTask
 from cluster.training.rounds import Visit
 from placement.topology import Device
 
@@ -34,6 +36,34 @@ class PooledDevice:
     """When it last streamed something, or was given something."""
     _suspected_s: float | None = None
     """`heard_s` when it was found silent for too long."""
+
+    async def run_alone(
+        self,
+        task: SlotTask,
+        weights: Mapping[str, tuple[Any, Any]],
+        batch: MicroBatch,
+        hidden: Any,
+        loads: RouterLoads | None,
+    ) -> tuple[Any, RouterLoads | None]:
+        """Run one micro-batch of a forward slot that is no visit; returns the reference of what it
+        hands on, and the router loads. `hidden` is the reference of its input, if it has one.
+
+        Raises:
+            RayError: The slot failed, or its device died.
+        """
+        self.last = None  # what the visit before left there is gone
+        actor = self.actor
+        actor.prepare.options(concurrency_group="weights").remote(task, weights)
+        stream = actor.run_slot.options(concurrency_group="slots", num_returns="streaming").remote(
+            task, (batch,)
+        )
+        if hidden is not None:
+            name = ("hidden", task.first_layer)
+            actor.feed.options(concurrency_group="feed").remote(task.key, 0, loads, (name,), hidden)
+        references = [reference async for reference in stream]
+        # One that failed raises here.
+        _, report, _ = await asyncio.gather(*references)
+        return references[0], report.loads
 
     def cancel(self, visit: Visit) -> None:
         """Take a visit back."""

@@ -125,8 +125,6 @@ class Round:
     declared_s: Mapping[tuple[int, str], tuple[float, float]] = field(default_factory=dict)
     """(slot, paced device): seconds of a micro-batch, and how much of them needs no gradient."""
     is_trained: bool = True
-    saves_all: bool = False
-    """Keep the input of every layer of the forward slots (to look for what is not finite)."""
     outputs: dict[tuple[Boundary, int], Reference] = field(default_factory=dict)
     loads: dict[tuple[int, int], RouterLoads | None] = field(default_factory=dict)
     """(layer, micro-batch): router loads of all layers below."""
@@ -156,8 +154,6 @@ class Round:
         if slot.kind != "forward":
             return ()
         inner = range(slot.first_layer + 1, slot.end_layer)
-        if self.saves_all:
-            return tuple(inner)
         wanted = {boundary.layer for visit in self.visits for boundary in _inputs(visit)}
         return tuple(layer for layer in inner if layer in wanted)
 
@@ -198,8 +194,6 @@ class Round:
 
     def forget_used(self) -> None:
         """Drop what no visit needs that runs, or may have to run again."""
-        if self.saves_all:
-            return
         needed = set()
         for visit in self.visits:
             partner = self.partner(visit.slot)

@@ -52,6 +52,7 @@ class SlotPrices:
             forward_s += self.costs.head_forward_s[device]
             total_s = forward_s + backward_s + self.costs.head_backward_s[device]
             lead_s = forward_s if self._fused_forward_overlaps else 0.0
+            upload_s += self.costs.head_upload_s[device]
             return SlotOption(device, lead_s, total_s, upload_s)
         if grain == "keep":
             return SlotOption(device, 0.0, backward_s, 0.0)

@@ -153,19 +153,20 @@ def plot(curves: Sequence[Curve], path: Path) -> None:
 
 
 def figures_of(curves: Sequence[Curve]) -> list[Figure]:
+    plain_of = {curve.seed: curve for curve in curves if curve.kind == "plain"}
     by_kind = {kind: [c for c in curves if c.kind == kind] for kind in COLORS}
-
-    def differences(kind: str) -> list[float]:
-        pairs = zip(by_kind[kind], by_kind["plain"], strict=True)
-        return [curve.final - reference.final for curve, reference in pairs]
-
-    final = sum(curve.final for curve in by_kind["plain"]) / len(by_kind["plain"])
-    most = max(map(abs, differences("synchronous")))
-    late = sum(differences("asynchronous")) / len(by_kind["asynchronous"])
-    last = f"final loss (last {LAST_STEPS} of {NUM_STEPS} steps, {len(by_kind['plain'])} seeds)"
+    most = max(
+        abs(ours - theirs)
+        for curve in by_kind["synchronous"]
+        for ours, theirs in zip(curve.losses, plain_of[curve.seed].losses, strict=True)
+    )
+    late = [curve.final - plain_of[curve.seed].final for curve in by_kind["asynchronous"]]
+    behind = sum(late) / len(late)
+    final = sum(curve.final for curve in plain_of.values()) / len(plain_of)
+    what = f"{NUM_STEPS} steps, seeds: {len(plain_of)}"
     return [
         Figure(
-            figure=f"synchronous beside plain AdamW, {last}: largest difference in nats",
+            figure=f"synchronous beside plain AdamW, largest difference of a step's loss ({what})",
             value=most,
             baseline=final,
             ratio=most / final,
@@ -173,12 +174,12 @@ def figures_of(curves: Sequence[Curve]) -> list[Figure]:
             met=most <= MOST_SYNCHRONOUS_NATS,
         ),
         Figure(
-            figure=f"asynchronous less plain AdamW, {last}: mean difference in nats",
-            value=late,
+            figure=f"asynchronous less plain AdamW, mean of last {LAST_STEPS} losses ({what})",
+            value=behind,
             baseline=final,
-            ratio=late / final,
+            ratio=behind / final,
             target=f"<= {MOST_ASYNCHRONOUS_NATS:g} nats",
-            met=late <= MOST_ASYNCHRONOUS_NATS,
+            met=behind <= MOST_ASYNCHRONOUS_NATS,
         ),
     ]
 

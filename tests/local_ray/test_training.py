@@ -261,3 +261,26 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_names_step_and_layer(
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingError, match=r"step 1: the loss is nan.*layer 2"):
         train(make_config(2, model=broken, cut=CUT))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("cut", [None, CUT])
+def test_activations_that_overflow_end_the_run_and_name_the_layer_where_they_do(
+    make_config: Callable[..., MotleyConfig],
+    tmp_path: Path,
+    checkpoints: Path,
+    cut: dict[str, Any] | None,
+    asynchronous: bool,
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(checkpoints / "tiny-qwen3", model)
+    tensors = load_file(model / "model.safetensors")
+    large = tensors["model.layers.5.mlp.down_proj.weight"].float() * 1e38
+    assert large.isfinite().all()
+    tensors["model.layers.5.mlp.down_proj.weight"] = large
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    optimizer = {"asynchronous": asynchronous}
+    # The planner's own cut of this model is one fused slot over all layers.
+    config = make_config(2, model=model, cut=cut, optimizer=optimizer)
+    with pytest.raises(TrainingError, match=r"step 1: the loss is nan; layer 5 is the first"):
+        train(config)

@@ -26,6 +26,9 @@ def pools(draw: st.DrawFn, max_layers: int = 6) -> TrainingCosts:
         recompute_s=rows(seconds),
         backward_s=rows(seconds),
         weight_upload_s=rows(st.integers(0, 8).map(lambda eighths: eighths / 8)),
+        head_upload_s=draw(
+            st.tuples(*[st.integers(0, 8).map(lambda eighths: eighths / 8)] * num_devices)
+        ),
         head_forward_s=draw(st.tuples(*[seconds] * num_devices)),
         head_backward_s=draw(st.tuples(*[seconds] * num_devices)),
         hand_off_s=tuple(

@@ -408,6 +408,7 @@ def unequal_costs(draw: st.DrawFn) -> TrainingCosts:
         recompute_s=rows(seconds),
         backward_s=rows(seconds),
         weight_upload_s=rows(st.one_of(st.just(0.0), links)),
+        head_upload_s=draw(st.tuples(*[links] * num_devices)),
         head_forward_s=draw(st.tuples(*[seconds] * num_devices)),
         head_backward_s=draw(st.tuples(*[seconds] * num_devices)),
         hand_off_s=tuple(
@@ -649,6 +650,7 @@ def test_a_simulation_becomes_a_trace_with_a_track_per_device() -> None:
         ({"recompute_s": ((1.0, -1.0), (1.0, 1.0))}, r"recompute_s of gpu0: entry 1 \(-1.0\)"),
         ({"head_forward_s": (1.0, math.inf)}, r"head_forward_s: entry 1 \(inf\)"),
         ({"head_backward_s": (1.0,)}, "head_backward_s has 1 entries for 2 devices"),
+        ({"head_upload_s": (0.0, -1.0)}, r"head_upload_s: entry 1 \(-1.0\) must be 0 or more"),
         ({"forward_s": ((1.0,), (1.0, 1.0))}, "forward_s of gpu0 has 1 entries for 2 layers"),
         ({"device_ids": ("a", "a")}, "2 devices are called a"),
         ({"device_ids": ("a", "")}, "a device has an empty id"),

@@ -425,6 +425,37 @@ def test_a_hand_off_takes_at_least_what_the_control_plane_does() -> None:
         training_costs(profile, topology, load, hand_off_s=-1)
 
 
+# Bytes
+
+
+def test_layer_0_brings_the_embedding_and_gradients_are_float32() -> None:
+    layer = LayerCost(flops_per_token=1e9, weight_bytes=1000)
+    profile = ModelProfile(
+        name="tiny",
+        embedding=LayerCost(flops_per_token=0.0, weight_bytes=600),
+        layers=(layer,) * 2,
+        head=LayerCost(flops_per_token=1.0, weight_bytes=620),
+        hidden_bytes_per_token=100,
+        head_is_embedding=True,
+    )
+    device = Device(
+        id="a", node="x", kind="cuda", flops_per_s=1e12, memory_bytes_per_s=1e11,
+        memory_bytes=1 << 30, host_bytes_per_s=100.0,
+    )  # fmt: skip
+    load = TrainingWorkload(
+        micro_batches=1, sequences_per_micro_batch=1, sequence_tokens=10, trained_fraction=0.5
+    )
+
+    costs = training_costs(profile, Topology(devices=(device,)), load, weight_dtype_bytes=2)
+
+    # 2 bytes a weight, 4 a gradient, and half of the weights are trained.
+    assert costs.layer_weight_bytes == costs.layer_gradient_bytes == (1600, 1000)
+    assert costs.head_weight_bytes == costs.head_gradient_bytes == 620
+    assert costs.weight_upload_s == ((16.0, 10.0),)
+    everything = Slot(kind="fused", first_layer=0, end_layer=2)
+    assert SlotPrices(costs).option(everything, "none", 0).upload_s == pytest.approx(32.2)
+
+
 # Invariants
 
 
