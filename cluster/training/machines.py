@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from actors.engine.training_values import EMBEDDING_UNIT, HEAD_UNIT
 from actors.fleet import Host
 from actors.pool_values import PoolDeviceSpec
 from actors.weights import WeightHostSpec
-from cluster.inventory import find_hosts
+from cluster.inventory import find_hosts, find_specs, find_topology
 from cluster.planning import dtype_bytes
 from cluster.training.checkpoints import TrainingState
 from cluster.training.errors import TrainingError
@@ -80,8 +81,8 @@ class Machines:
         if job.state is not None:
             job.state.check_same(self._fixed)
         width = getattr(torch, self.dtype).itemsize
-        config = _planned_config(job)
-        self._planner = RunPlanner(config, job.checkpoint.profile(dtype_bytes=width), topology)
+        self._profile = job.checkpoint.profile(dtype_bytes=width)
+        self._planner = RunPlanner(_planned_config(job), self._profile, topology)
         self._plan = self._planner.first
         self._is_outdated = False
         self._started: dict[str, StartedDevice] = {}
@@ -322,9 +323,12 @@ class Machines:
         self._tell(DeviceLost(device_id=device_id, reason=reason, num_slots=num_slots))
 
     async def _revive(self) -> None:
-        """Start lost devices again while their nodes are there; they join the next round."""
+        """Start lost devices again while their nodes are there, and those of nodes that joined;
+        they are used from the next round on."""
         while True:
             await asyncio.sleep(_REVIVE_EVERY_S)
+            if self._job.config.devices is None:
+                await self._find_joined()
             missing = [
                 device
                 for device in self._topology.devices
@@ -339,6 +343,28 @@ class Machines:
                     self._use(started)
                     self._is_outdated = True
                     self._tell(DeviceJoined(device_id=device.id))
+
+    async def _find_joined(self) -> None:
+        """Take devices of new nodes into the topology, measured shortly."""
+        config = self._job.config
+        hosts = await asyncio.to_thread(find_hosts)
+        known = {device.id for device in self._topology.devices}
+        specs = await asyncio.to_thread(find_specs, config, hosts)
+        new = tuple(spec for spec in specs if spec.id not in known)
+        if not new:
+            return
+        asked = config.model_copy(update={"devices": new})
+        found = await asyncio.to_thread(find_topology, asked, hosts)
+        pairs = {(link.source_node, link.target_node) for link in self._topology.links}
+        links = [link for link in found.links if (link.source_node, link.target_node) not in pairs]
+        self._topology = replace(
+            self._topology,
+            devices=(*self._topology.devices, *found.devices),
+            links=(*self._topology.links, *links),
+        )
+        self._planner = await asyncio.to_thread(
+            RunPlanner, _planned_config(self._job), self._profile, self._topology
+        )
 
     async def _watch(self) -> None:
         """End waiting that nothing will end: for a device that hangs, or for one to come back."""

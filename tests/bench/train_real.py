@@ -20,6 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+
 from figures import Figure, at_least, median, report
 from pipelining_baseline import CutResult, Task, best_cut, measure, save_batches
 
@@ -230,8 +233,6 @@ def real_figures(*, quick: bool) -> list[Figure]:
 
 
 def main() -> None:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true")
     report(real_figures(quick=parser.parse_args().quick))

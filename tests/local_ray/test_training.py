@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from leftovers import actor_processes
 from plain_training import plain_losses, plain_model
@@ -192,6 +195,39 @@ def test_a_killed_device_costs_its_slots_and_comes_back(
     assert of_kind(events, DeviceLost)
     assert of_kind(events, DeviceJoined)
     assert not of_kind(events, HostsLost)
+    assert losses(events) == losses(train(unbroken(config)))
+
+
+def test_a_node_that_joins_is_used_from_the_next_round(
+    make_config: Callable[..., MotleyConfig],
+) -> None:
+    config = make_config(1, steps=150).model_copy(update={"devices": None})
+    nodes: list[subprocess.Popen[bytes]] = []
+
+    def watch(event: TrainingEvent) -> None:
+        if isinstance(event, StepDone) and event.step == 1:
+            command = [
+                str(Path(sys.executable).with_name("ray")),
+                "start",
+                "--block",
+                "--node-name=second",
+                "--num-cpus=2",
+            ]
+            command += [f"--address={ray.get_runtime_context().gcs_address}"]
+            command += [f"--object-store-memory={100 * 2**20}"]
+            nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+
+    try:
+        events = train(config, watch=watch)
+    finally:
+        for node in nodes:
+            node.terminate()
+            node.wait(30)
+    [joined] = of_kind(events, DeviceJoined)
+    assert joined.device_id == "second-cpu"
+    later = events[events.index(joined) :]
+    busy = [event.idle_fractions.get("second-cpu", 1.0) for event in of_kind(later, StepDone)]
+    assert min(busy) < 1.0
     assert losses(events) == losses(train(unbroken(config)))
 
 
