@@ -15,6 +15,8 @@ from cluster.config import ConfigError, MotleyConfig
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CONNECT_TIMEOUT_S = 5.0
+STARTED_HERE = "local"
+"""Ray's word for a cluster of one's own."""
 
 
 def connect(config: MotleyConfig) -> None:
@@ -61,6 +63,8 @@ def ray_options(config: MotleyConfig) -> dict[str, Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.update(environment)
     options |= {
+        # Else Ray would look for a cluster that someone else started on this machine.
+        "address": STARTED_HERE,
         "num_cpus": settings.num_cpus or _local_cpus(config),
         "include_dashboard": False,
         "runtime_env": {"env_vars": _python_path()},

@@ -20,6 +20,7 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError, RayTaskErro
 from actors.pool_values import MicroBatchReport, SlotReport, SlotTask
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.hosts import WeightHosts
+from cluster.training.planner import RunPlan
 from cluster.training.pooled_device import PooledDevice, SlotReader, slot_key
 from cluster.training.rounds import Boundary, Round, Visit
 from placement.dispatch import SlotDispatcher
@@ -62,18 +63,13 @@ class SlotExecutor:
         self._hooks = hooks
         self._now_s = now_s
         self._pending: list[Visit] = []
-        self._rounds: dict[int, Round] = {}
+        self._last_done = -1
+        """The newest round that is done."""
         self._done: dict[Round, asyncio.Future[None]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._failure: BaseException | None = None
-        self._progress = asyncio.Event()
         self.no_device: str | None = None
         """Why the next visit cannot be dispatched, while no device may run it."""
-
-    @property
-    def num_pending(self) -> int:
-        """Visits that were not dispatched yet."""
-        return len(self._pending)
 
     def add_device(self, device: Device, actor: Any) -> None:
         self.devices[device.id] = PooledDevice(device, actor)
@@ -109,7 +105,6 @@ class SlotExecutor:
             at = choice.round_index, choice.slot_index
             visit = self._pending.pop(bisect.bisect_left(self._pending, at, key=_order))
             self._start(visit, self.devices[choice.device_id])
-        self._progress.set()
 
     def _ready(self) -> Iterator[tuple[int, int]]:
         """Yield, in order, the pending visits of each round up to the first whose weights are not
@@ -128,22 +123,24 @@ class SlotExecutor:
         """End all rounds with an error; nothing is dispatched any more."""
         if self._failure is None:
             self._failure = error
-        self._progress.set()
         for done in self._done.values():
             if not done.done():
                 done.set_exception(error)
                 done.exception()  # retrieved: whoever awaits it raises it again
 
-    async def dispatched(self) -> None:
-        """Wait until every submitted visit has been sent to a device.
-
-        Raises what `fail` was called with.
-        """
-        while self._pending and self._failure is None:
-            self._progress.clear()
-            await self._progress.wait()
-        if self._failure is not None:
-            raise self._failure
+    def replan(self, planned: RunPlan) -> None:
+        """Let the rounds that have not begun, and all later ones, go through other slots."""
+        assert self.dispatcher is not None
+        begun = [round_.index for round_ in self._done if round_.has_begun]
+        first = max([self._last_done, *begun]) + 1
+        self.dispatcher.replan(planned.plan, planned.costs, from_round=first)
+        later = [round_ for round_ in self._done if round_.index >= first]
+        self._pending = [visit for visit in self._pending if visit.round.index < first]
+        for round_ in later:
+            round_.use_slots(planned.plan.slots, planned.declared_s)
+            self._pending += round_.visits
+        self._pending.sort(key=_order)
+        self.pump()
 
     def lose_silent(self) -> None:
         """Count devices as lost that hang; to be called now and then."""
@@ -326,6 +323,7 @@ class SlotExecutor:
             self._hooks.on_gradients(round_, visit.slot, gradients)
         round_.forget_used()
         if round_.is_done:
+            self._last_done = max(self._last_done, round_.index)
             done = self._done.pop(round_)
             if not done.done():
                 done.set_result(None)

@@ -190,7 +190,7 @@ class TrainingLoop:
                 batches = self._job.batches.step(
                     step, self._settings.micro_batches * self._settings.rounds_per_step
                 )
-                under_way = await self._submit(step, step - is_stale, batches)
+                under_way = self._submit(step, step - is_stale, batches)
                 if finishing is not None:
                     await finishing
                 finishing = asyncio.create_task(self._finish(under_way))
@@ -204,15 +204,14 @@ class TrainingLoop:
                 await asyncio.gather(finishing, return_exceptions=True)
             raise
 
-    async def _submit(self, step: int, version: int, batches: list[MicroBatch]) -> _Step:
-        """Hand a step's rounds to the pool, each when those before it have been sent out."""
+    def _submit(self, step: int, version: int, batches: list[MicroBatch]) -> _Step:
+        """Hand a step's rounds to the pool, all at once: slow devices begin on later rounds."""
         settings = self._settings
         targets = max(1, sum(batch.num_targets for batch in batches))
         coefficient = self._job.router_loss_coefficient
         scales = LossScales(1.0 / targets, coefficient / len(batches))
         rounds, done = [], []
         for number in range(settings.rounds_per_step):
-            await self._machines.executor.dispatched()
             start = number * settings.micro_batches
             round_ = self._round(
                 step,
@@ -238,7 +237,7 @@ class TrainingLoop:
         is_trained: bool = True,
     ) -> Round:
         self._num_rounds += 1
-        planned = self._machines.plan_for(self._num_rounds - 1)
+        planned = self._machines.plan
         return Round(
             index=self._num_rounds - 1,
             step=step,

@@ -41,7 +41,7 @@ from cluster.training.events import (
 from cluster.training.executor import ExecutorHooks, SlotExecutor
 from cluster.training.hosts import WeightHosts
 from cluster.training.job import TrainingJob
-from cluster.training.planner import RunPlan, RunPlanner
+from cluster.training.planner import RunPlanner
 from cluster.training.pool import StartedDevice, start_again, start_devices, stop_devices
 from cluster.training.rounds import units_of
 from placement.costs import memory_cap_bytes
@@ -83,8 +83,10 @@ class Machines:
         width = getattr(torch, self.dtype).itemsize
         self._profile = job.checkpoint.profile(dtype_bytes=width)
         self._planner = RunPlanner(_planned_config(job), self._profile, topology)
-        self._plan = self._planner.first
-        self._is_outdated = False
+        self.plan = self._planner.first
+        """Of rounds that are made now."""
+        self._outdated = asyncio.Event()
+        """Devices have come or gone since."""
         self._started: dict[str, StartedDevice] = {}
         self._watching: list[asyncio.Task[None]] = []
         self._traced: list[Event] | None = [] if trace else None
@@ -110,7 +112,9 @@ class Machines:
             raise devices
         for started in devices:
             self._use(started)
-        self._watching = [asyncio.create_task(self._revive()), asyncio.create_task(self._watch())]
+        self._watching = [
+            asyncio.create_task(work) for work in (self._revive(), self._watch(), self._replan())
+        ]
         for task in self._watching:
             task.add_done_callback(self._watch_ended)
         if isinstance(weights, BaseException):
@@ -155,29 +159,6 @@ class Machines:
             self.executor.add_device(pooled.device, pooled.actor)
         self._hosts = await asyncio.to_thread(find_hosts)
         await self._start_weights()
-
-    def plan_for(self, round_index: int) -> RunPlan:
-        """Return the plan for a round that is about to be made; devices may have changed."""
-        if self._is_outdated and self.executor.devices:
-            self._is_outdated = False
-            assert self.executor.dispatcher is not None
-            factors = {
-                device_id: self.executor.dispatcher.factor(device_id)
-                for device_id in self.executor.devices
-                if device_id in self._plan.device_ids
-            }
-            try:
-                self._plan = self._planner.again(self.executor.devices.keys(), factors)
-            except InfeasiblePlanError as error:
-                # The devices that are left cannot do it; the one that is lost may come back.
-                self._is_outdated = True
-                _log.warning("no plan for %s: %s", ", ".join(self.executor.devices), error)
-                return self._plan
-            self.executor.dispatcher.replan(
-                self._plan.plan, self._plan.costs, from_round=round_index
-            )
-            self._tell_plan()
-        return self._plan
 
     def idle_fractions(self, now_s: float) -> dict[str, float]:
         """Return each device's share of idle time since the last call."""
@@ -267,7 +248,7 @@ class Machines:
                 on_event=None if self._traced is None else self._traced.append,
             ),
         )
-        executor.dispatcher = SlotDispatcher(self._plan.plan, self._plan.costs)
+        executor.dispatcher = SlotDispatcher(self.plan.plan, self.plan.costs)
         return executor
 
     async def _start_weights(self) -> None:
@@ -318,9 +299,30 @@ class Machines:
         self.executor.add_device(started.spec.device, started.actor)
 
     def _lost(self, device_id: str, reason: str, num_slots: int) -> None:
-        self._is_outdated = True
+        self._outdated.set()
         ray.kill(self._started.pop(device_id).actor)
         self._tell(DeviceLost(device_id=device_id, reason=reason, num_slots=num_slots))
+
+    async def _replan(self) -> None:
+        """Plan again for the devices that are there, whenever they are others."""
+        while True:
+            await self._outdated.wait()
+            self._outdated.clear()
+            present = set(self.executor.devices)
+            assert self.executor.dispatcher is not None
+            factors = {
+                device_id: self.executor.dispatcher.factor(device_id)
+                for device_id in present & self.plan.device_ids
+            }
+            try:
+                planned = await asyncio.to_thread(self._planner.again, present, factors)
+            except (InfeasiblePlanError, ValueError) as error:
+                # The devices that are left cannot do it; the one that is lost may come back.
+                _log.warning("no plan for %s: %s", ", ".join(sorted(present)) or "none", error)
+                continue
+            self.plan = planned
+            self.executor.replan(planned)
+            self._tell_plan()
 
     async def _revive(self) -> None:
         """Start lost devices again while their nodes are there, and those of nodes that joined;
@@ -341,7 +343,7 @@ class Machines:
                 started = await start_again(self._spec(device), self._hosts)
                 if started is not None:
                     self._use(started)
-                    self._is_outdated = True
+                    self._outdated.set()
                     self._tell(DeviceJoined(device_id=device.id))
 
     async def _find_joined(self) -> None:
@@ -391,7 +393,7 @@ class Machines:
 
     def _tell_plan(self) -> None:
         nodes = {device.id: device.node for device in self._topology.devices}
-        self._tell(TrainingPlanned(plan=self._plan.plan, nodes=nodes))
+        self._tell(TrainingPlanned(plan=self.plan.plan, nodes=nodes))
 
 
 def _compute_dtype(job: TrainingJob, topology: Topology) -> str:

@@ -9,14 +9,15 @@ from cluster.training.job import TrainingJob
 
 _SPARE_BYTES = 128 * 2**20
 _MOST_OF_MEMORY = 0.6
+_MOST_ROUNDS = 4
 
 
 def needed_bytes(job: TrainingJob) -> int:
     """Return the object store that a run asks for, counted generously.
 
     Two versions of the weights; the gradients of all units once (those of a round are taken up
-    before the next ones come); activations in front of every layer, for the rounds that are in
-    flight at once: two.
+    before the next ones come); activations in front of every layer, and their gradients, for the
+    rounds that are in flight at once: few, however many a step has.
     """
     settings = job.settings
     width = 2 if settings.optimizer.weight_dtype == "bfloat16" else 4
@@ -24,7 +25,8 @@ def needed_bytes(job: TrainingJob) -> int:
     frozen = sum(unit.num_frozen for unit in job.units)
     rows = settings.micro_batches * settings.sequences_per_micro_batch * settings.sequence_tokens
     boundary_bytes = rows * int(job.checkpoint.config["hidden_size"]) * 4
-    activation_bytes = 2 * 2 * (job.checkpoint.num_layers + 1) * boundary_bytes
+    rounds = min(_MOST_ROUNDS, settings.rounds_per_step * (1 + settings.optimizer.asynchronous))
+    activation_bytes = rounds * 2 * (job.checkpoint.num_layers + 1) * boundary_bytes
     return 2 * width * trained + width * frozen + 4 * trained + activation_bytes + _SPARE_BYTES
 
 

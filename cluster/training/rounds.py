@@ -135,7 +135,21 @@ class Round:
     visits: tuple[Visit, ...] = ()
 
     def __post_init__(self) -> None:
-        kinds = self.slots if self.is_trained else _forward_only(self.slots)
+        self.use_slots(self.slots, self.declared_s)
+
+    @property
+    def has_begun(self) -> bool:
+        """Some visit was sent to a device."""
+        return any(visit.device_id is not None or visit.is_done for visit in self.visits)
+
+    def use_slots(
+        self,
+        slots: tuple[PlannedSlot, ...],
+        declared_s: Mapping[tuple[int, str], tuple[float, float]],
+    ) -> None:
+        """Go through other slots; only while the round has not begun."""
+        self.slots, self.declared_s = slots, declared_s
+        kinds = slots if self.is_trained else _forward_only(slots)
         self.visits = tuple(Visit(self, slot) for slot in kinds)
 
     @property

@@ -20,7 +20,7 @@ import ray
 
 from cluster.config import MotleyConfig
 from cluster.inventory import find_hosts, find_topology
-from cluster.ray_session import connect, ray_options
+from cluster.ray_session import STARTED_HERE, connect, ray_options
 from cluster.training.events import TrainingEvent
 from cluster.training.job import TrainingJob, open_job
 from cluster.training.loop import TrainingLoop
@@ -73,9 +73,9 @@ async def _session(job: TrainingJob) -> AsyncIterator[None]:
     if ray.is_initialized():
         yield
         return
-    options = ray_options(job.config)
+    is_own = ray_options(job.config)["address"] == STARTED_HERE
     # A cluster that is joined has the object store that it has.
-    config = job.config if "address" in options else with_object_store(job)
+    config = with_object_store(job) if is_own else job.config
     await asyncio.to_thread(connect, config)
     try:
         yield

@@ -306,6 +306,7 @@ def tiers_label(speeds: Sequence[float]) -> str:
 def ray_session() -> Iterator[None]:
     """One Ray for all runs; a node takes seconds to start."""
     ray.init(
+        address="local",
         num_cpus=16,
         include_dashboard=False,
         object_store_memory=400 * 2**20,

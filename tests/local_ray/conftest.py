@@ -39,6 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=8,
         include_dashboard=False,
         object_store_memory=200 * 2**20,
