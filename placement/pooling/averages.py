@@ -3,7 +3,8 @@
 The price of a slot on a device is planned seconds x device factor x slot ratio:
 - The factor says how much slower the whole device is than planned, and prices slots that it has not
   run yet.
-- The ratio says how much slower this slot is than the device's others.
+- The ratio says how much slower this slot is than the device's others. A device that has not run
+  the slot is taken to be like the mean of those that have: the plan misjudges a slot everywhere.
 
 Both are exponential moving averages in logarithms, so that half as long and twice as long weigh
 the same. The plan's 1 is their first value and bias is corrected by counts: the n-th measurement
@@ -22,6 +23,9 @@ from dataclasses import dataclass
 FACTOR_WEIGHT = 0.1
 RATIO_WEIGHT = 0.2
 """Of the newest measurement in a long average."""
+SHORT = 0.05
+"""A slot that is planned to take less than this share of its device's longest one says little of
+the device: what is fixed in it weighs too much."""
 OUTLIER = 1.25
 """By what factor a measurement may be off and still count at once; beyond what jitter does."""
 
@@ -44,6 +48,8 @@ class _Device:
     factor: _Average
     suspect: float | None = None
     """The last measurement, when it was too far off to count."""
+    longest_s: float = 0.0
+    """Planned, of the slots that it ran."""
     fastest: float = math.inf
     """The lowest factor that at least two measurements agreed on."""
 
@@ -68,7 +74,8 @@ class SlotAverages:
 
     def __init__(self) -> None:
         self._devices: dict[str, _Device] = {}
-        self._ratios: dict[tuple[str, Hashable], _Average] = {}
+        self._ratios: dict[Hashable, dict[str, _Average]] = {}
+        """By slot, then device."""
 
     def factor(self, device_id: str) -> float:
         """Return by what factor the device is slower than planned."""
@@ -76,8 +83,12 @@ class SlotAverages:
 
     def scale(self, device_id: str, slot: Hashable) -> float:
         """Return what the slot's planned seconds are multiplied by on the device."""
-        ratio = self._ratios.get((device_id, slot))
-        return math.exp(self._log_factor(device_id) + (ratio.value if ratio else 0.0))
+        ratios = self._ratios.get(slot, {})
+        if device_id in ratios:
+            ratio = ratios[device_id].value
+        else:
+            ratio = sum(known.value for known in ratios.values()) / max(1, len(ratios))
+        return math.exp(self._log_factor(device_id) + ratio)
 
     def slow_down(self, device_id: str) -> float:
         """Return by what factor the device is slower than it once was; 1 unless by more than
@@ -105,9 +116,12 @@ class SlotAverages:
         if not (math.isfinite(measured_s) and measured_s > 0):
             raise ValueError(f"measured seconds ({measured_s}) must be above 0 and finite")
         off = math.log(measured_s / planned_s)
-        ratio = self._ratios.setdefault((device_id, slot), _Average(RATIO_WEIGHT))
+        ratios = self._ratios.setdefault(slot, {})
+        ratio = ratios.setdefault(device_id, _Average(RATIO_WEIGHT))
         device = self._devices.setdefault(device_id, _Device(_Average(FACTOR_WEIGHT)))
-        device.add(off - ratio.value)
+        device.longest_s = max(device.longest_s, planned_s)
+        if planned_s >= SHORT * device.longest_s:
+            device.add(off - ratio.value)
         # Whatever is left, as far as one measurement is believed.
         left = off - ratio.value - device.factor.value
         limit = math.log(OUTLIER)

@@ -85,7 +85,8 @@ class LivePrices:
             self._patience[device_id] = 1
         elif self._averages.slow_down(device_id) == 1.0:
             self._patience.pop(device_id, None)
-        self._options.pop(device_id, None)
+        # Devices that have not run the slot are priced by those that have.
+        self._options.clear()
         self._turns.clear()
 
     def factor(self, device_id: str) -> float:

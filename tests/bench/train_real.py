@@ -41,8 +41,8 @@ ROUNDS_PER_STEP = 2
 WARM_UP_STEPS = 2
 LEAST = 1.2
 MEMORY_BYTES = 512 * 2**20
-"""Of a device: its planned peak is 254 MB with the whole model in one slot, as neither moments nor a
-second version stay on it. 1F1B's first stage has 181 MB of weights, gradients and moments."""
+"""Of a device. With the whole model in one slot the plan wants 254 MB, as moments stay on the host;
+1F1B's first stage has 181 MB of weights, gradients and moments."""
 ENVIRONMENT = {
     # glibc maps and unmaps a tensor as large as the logits each time; huge pages make that cheap.
     "THP_MEM_ALLOC_ENABLE": "1",
