@@ -179,7 +179,12 @@ def make_checkpoint(folder: Path) -> Path:
 
 
 def make_config(
-    folder: Path, speeds: Sequence[float], effort: Effort, **training: Any
+    folder: Path,
+    speeds: Sequence[float],
+    effort: Effort,
+    *,
+    memory: float = 1.0,
+    **training: Any,
 ) -> MotleyConfig:
     """Paced devices of these speeds; a layer forward takes `effort.layer_forward_s` at speed 1."""
     model = (
@@ -202,7 +207,7 @@ def make_config(
                     "kind": "paced",
                     "flops_per_s": flops / effort.layer_forward_s * speed,
                     "memory_bytes_per_s": 1e13,
-                    "memory_bytes": memory_bytes,
+                    "memory_bytes": int(memory * memory_bytes),
                 }
                 for index, speed in enumerate(speeds)
             ],
@@ -336,6 +341,7 @@ def measure_bound(folder: Path, speeds: Sequence[float], effort: Effort) -> Meas
         folder,
         speeds,
         effort,
+        memory=4.0,  # its stages stay where they are, however large
         micro_batches=1,
         rounds_per_step=micro_batches,
         cut={"forward": layers, "fused": counts[-1], "backward": layers[::-1], "grain": "stage"},
