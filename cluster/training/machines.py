@@ -309,6 +309,8 @@ class Machines:
             await self._outdated.wait()
             self._outdated.clear()
             present = set(self.executor.devices)
+            if not present:
+                continue  # none is left; one that comes back sets the event again
             assert self.executor.dispatcher is not None
             factors = {
                 device_id: self.executor.dispatcher.factor(device_id)
@@ -316,9 +318,9 @@ class Machines:
             }
             try:
                 planned = await asyncio.to_thread(self._planner.again, present, factors)
-            except (InfeasiblePlanError, ValueError) as error:
+            except InfeasiblePlanError as error:
                 # The devices that are left cannot do it; the one that is lost may come back.
-                _log.warning("no plan for %s: %s", ", ".join(sorted(present)) or "none", error)
+                _log.info("no plan for %s: %s", ", ".join(sorted(present)), error)
                 continue
             self.plan = planned
             self.executor.replan(planned)

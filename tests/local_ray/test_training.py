@@ -198,37 +198,53 @@ def test_a_killed_device_costs_its_slots_and_comes_back(
     assert losses(events) == losses(train(unbroken(config)))
 
 
+class Stop(Exception):
+    """Ends a run from a test's own watch."""
+
+
 def test_a_node_that_joins_is_used_from_the_next_round(
     make_config: Callable[..., MotleyConfig],
 ) -> None:
-    config = make_config(1, steps=150).model_copy(update={"devices": None})
+    config = make_config(1, steps=2000).model_copy(update={"devices": None})
     nodes: list[subprocess.Popen[bytes]] = []
+    own: Events = []
+    """The test's own record: the run is ended from within."""
+
+    def start_node() -> None:
+        command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
+        command += ["--node-name=second", "--num-cpus=2"]
+        command += [f"--address={ray.get_runtime_context().gcs_address}"]
+        command += [f"--object-store-memory={100 * 2**20}"]
+        nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
 
     def watch(event: TrainingEvent) -> None:
-        if isinstance(event, StepDone) and event.step == 1:
-            command = [
-                str(Path(sys.executable).with_name("ray")),
-                "start",
-                "--block",
-                "--node-name=second",
-                "--num-cpus=2",
-            ]
-            command += [f"--address={ray.get_runtime_context().gcs_address}"]
-            command += [f"--object-store-memory={100 * 2**20}"]
-            nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        own.append(event)
+        if isinstance(event, StepDone):
+            if event.step == 1:
+                start_node()
+            if event.idle_fractions.get("second-cpu", 1.0) < 1.0:
+                raise Stop
 
     try:
-        events = train(config, watch=watch)
+        with pytest.raises(Stop):
+            train(config, watch=watch)
     finally:
         for node in nodes:
             node.terminate()
             node.wait(30)
-    [joined] = of_kind(events, DeviceJoined)
+    [joined] = of_kind(own, DeviceJoined)
     assert joined.device_id == "second-cpu"
-    later = events[events.index(joined) :]
-    busy = [event.idle_fractions.get("second-cpu", 1.0) for event in of_kind(later, StepDone)]
-    assert min(busy) < 1.0
-    assert losses(events) == losses(train(unbroken(config)))
+    with_both = losses(own)
+
+    def stop(event: TrainingEvent) -> None:
+        alone.append(event)
+        if isinstance(event, StepDone) and event.step == len(with_both):
+            raise Stop
+
+    alone: Events = []
+    with pytest.raises(Stop):
+        train(unbroken(config), watch=stop)
+    assert losses(alone) == with_both
 
 
 def test_a_killed_weight_host_costs_the_steps_since_the_checkpoint(
@@ -258,9 +274,6 @@ def test_a_resumed_run_goes_through_the_same_losses(
     whole = losses(train(unbroken(config)))
     half = config.model_copy(update={"training": config.training.model_copy(update={"steps": 8})})
     stop_at = 4
-
-    class Stop(Exception):
-        pass
 
     def watch(event: TrainingEvent) -> None:
         if isinstance(event, CheckpointSaved) and event.step == stop_at:
