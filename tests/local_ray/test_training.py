@@ -222,7 +222,8 @@ def test_a_node_that_joins_is_used_from_the_next_round(
         if isinstance(event, StepDone):
             if event.step == 1:
                 start_node()
-            if event.idle_fractions.get("second-cpu", 1.0) < 1.0:
+            joined = {other.device_id for other in of_kind(own, DeviceJoined)}
+            if any(event.idle_fractions.get(device_id, 1.0) < 1.0 for device_id in joined):
                 raise Stop
 
     try:
@@ -232,8 +233,7 @@ def test_a_node_that_joins_is_used_from_the_next_round(
         for node in nodes:
             node.terminate()
             node.wait(30)
-    [joined] = of_kind(own, DeviceJoined)
-    assert joined.device_id == "second-cpu"
+    assert len(of_kind(own, DeviceJoined)) == 1
     with_both = losses(own)
 
     def stop(event: TrainingEvent) -> None:
