@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Hashable
 from typing import Any
 
@@ -48,16 +47,13 @@ class Mailbox:
         if self.is_cancelled:
             raise SlotCancelledError
 
-    def take(
-        self, key: Hashable, timeout_s: float, *, cancellable: bool = True
-    ) -> tuple[Any, float]:
-        """Return the item, which leaves the box, and the seconds waited for it.
+    def take(self, key: Hashable, timeout_s: float, *, cancellable: bool = True) -> Any:
+        """Return the item, which leaves the box.
 
         Raises:
             SlotCancelledError: The slot was taken back.
             TimeoutError: It did not come in time.
         """
-        started_s = time.monotonic()
         with self._changed:
             self._changed.wait_for(
                 lambda: key in self._items or self._failure or (cancellable and self._is_cancelled),
@@ -69,4 +65,4 @@ class Mailbox:
                 raise self._failure
             if key not in self._items:
                 raise TimeoutError(f"{key} did not come within {timeout_s:g} s")
-            return self._items.pop(key), time.monotonic() - started_s
+            return self._items.pop(key)

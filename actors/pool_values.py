@@ -91,8 +91,6 @@ class MicroBatchReport:
     """Of all layers up to the slot's end; after the fused slot, of all layers."""
     loss: float | None = None
     busy_s: float
-    waited_s: float
-    late_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,6 +99,3 @@ class SlotReport:
 
     gradients: tuple[str, ...]
     """Units, in order."""
-    seconds: float
-    """From the slot's turn on its device to its end."""
-    is_cancelled: bool = False

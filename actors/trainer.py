@@ -102,8 +102,6 @@ class DeviceWorker:
     def run_slot(self, task: SlotTask, batches: tuple[MicroBatch, ...]) -> Iterator[Any]:
         """Run a slot over the round's micro-batches; streams arrays and reports."""
         box = self._box(task.key)
-        started_s = time.monotonic()
-        is_cancelled = False
         gradients: dict[str, torch.Tensor] = {}
         try:
             # Even a slot that was taken back waits: its claim on weights ends after they came.
@@ -121,7 +119,7 @@ class DeviceWorker:
             self._left = visit.left
             gradients = visit.gradients()
         except SlotCancelledError:
-            is_cancelled = True
+            gradients = {}
         finally:
             self._residency.release(task.key)
             with self._boxes_lock:
@@ -129,11 +127,7 @@ class DeviceWorker:
                 self._ended.append(task.key)
         for gradient in gradients.values():
             yield to_array(gradient)
-        yield SlotReport(
-            gradients=tuple(gradients),
-            seconds=time.monotonic() - started_s,
-            is_cancelled=is_cancelled,
-        )
+        yield SlotReport(gradients=tuple(gradients))
 
     def forget_kept(self, keys: tuple[KeptKey, ...] | None = None) -> None:
         """Drop activations whose backward slot will not come, or will have others; None: all."""
@@ -195,11 +189,11 @@ class _Visit:
         return self._slot.gradients(splits_tied=True) if has_any else {}
 
     def _forward(self, m: int, batch: MicroBatch) -> tuple[Outputs, MicroBatchReport]:
-        task, waited_s = self._task, 0.0
+        task = self._task
         hidden: torch.Tensor | None = None
         loads: RouterLoads | None = None
         if task.first_layer:
-            (given, loads), waited_s = self._take("hidden", m)
+            given, loads = self._take("hidden", m)
             hidden = given[task.first_layer]
         begin_s = time.monotonic()
         loss = None
@@ -212,53 +206,46 @@ class _Visit:
             outputs = {("hidden", layer): tensor for layer, tensor in result.saved.items()}
             outputs["hidden", task.end_layer] = result.hidden_BTH
             loads = result.loads
-        late_s = self._pace(begin_s, task.declared_s)
+        self._pace(begin_s, task.declared_s)
         return outputs, MicroBatchReport(
             micro_batch=m,
             outputs=tuple(outputs),
             loads=loads,
             loss=loss,
             busy_s=time.monotonic() - begin_s,
-            waited_s=waited_s,
-            late_s=late_s,
         )
 
     def _backward(self, m: int, batch: MicroBatch) -> tuple[Outputs, MicroBatchReport]:
         """Recompute as soon as the saved inputs are there, then wait for the gradient."""
         task = self._task
-        waited_s = 0.0
         saved: dict[int, torch.Tensor] = {}
         if task.needs_saved:
-            (saved, _), waited_s = self._take("hidden", m)
+            saved, _ = self._take("hidden", m)
         begin_s = time.monotonic()
         self._slot.recompute(m, batch, saved)
-        late_s = self._pace(begin_s, task.declared_lead_s if task.declared_s else None)
+        self._pace(begin_s, task.declared_lead_s if task.declared_s else None)
         lead_s = time.monotonic() - begin_s
-        (gradients, loads), gradient_waited_s = self._take("gradient", m)
+        gradients, loads = self._take("gradient", m)
         middle_s = time.monotonic()
         outputs = _gradient_of(task, self._slot.backward(m, gradients[task.end_layer], loads))
         rest_s = None if task.declared_s is None else task.declared_s - task.declared_lead_s
-        late_s += self._pace(middle_s, rest_s)
+        self._pace(middle_s, rest_s)
         return outputs, MicroBatchReport(
             micro_batch=m,
             outputs=tuple(outputs),
             loads=None,
             busy_s=lead_s + time.monotonic() - middle_s,
-            waited_s=waited_s + gradient_waited_s,
-            late_s=late_s,
         )
 
-    def _take(
-        self, kind: str, m: int
-    ) -> tuple[tuple[dict[int, torch.Tensor], RouterLoads | None], float]:
-        """Return ((tensors by layer, router loads), seconds waited)."""
-        (given, loads), waited_s = self._box.take((kind, m), self._timeout_s)
+    def _take(self, kind: str, m: int) -> tuple[dict[int, torch.Tensor], RouterLoads | None]:
+        """Return (tensors by layer, router loads)."""
+        given, loads = self._box.take((kind, m), self._timeout_s)
         tensors = {}
         for name, tensor in given.items():
             # Taken out, so that it does not lie here while this slot leaves its own.
             found = self._found.pop((name, m)) if tensor is None else tensor.to(self._device)
             tensors[name[1]] = found
-        return (tensors, loads), waited_s
+        return tensors, loads
 
     def _leave(self, m: int, outputs: Outputs) -> bool:
         """Leave the last result here for the next slot, while there is room."""
@@ -269,16 +256,12 @@ class _Visit:
         self.left[name, m] = tensor
         return True
 
-    def _pace(self, begin_s: float, declared_s: float | None) -> float:
-        """Wait until the declared time has passed; returns by how much the work was late."""
+    def _pace(self, begin_s: float, declared_s: float | None) -> None:
+        """Wait until the declared time has passed."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        if declared_s is None:
-            return 0.0
-        left_s = begin_s + declared_s - time.monotonic()
-        if left_s > 0:
-            time.sleep(left_s)
-        return max(0.0, -left_s)
+        if declared_s is not None:
+            time.sleep(max(0.0, begin_s + declared_s - time.monotonic()))
 
 
 def _gradient_of(task: SlotTask, gradient: torch.Tensor | None) -> Outputs:

@@ -131,4 +131,7 @@ class WeightHostWorker:
         return reference
 
 
-WeightHostActor = ray.remote(WeightHostWorker)
+# `ready` is answered beside a step.
+WeightHostActor = ray.remote(concurrency_groups={"control": 1})(  # type: ignore[call-overload]
+    WeightHostWorker
+)

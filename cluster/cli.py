@@ -9,6 +9,7 @@ or it cannot be reached; 5 not ready, or overloaded; 6 the token was refused; 13
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -341,11 +342,8 @@ def _http_target(
     """Return what the flags and the environment say, and the run-state file for the rest."""
     from cluster.commands.status import HttpTarget
 
-    if url is None:
-        state = _ready_state(name)
-        url, token = state.http_url, token or state.token
-        tls_cert = tls_cert or _path(state.tls_cert_file)
-    return HttpTarget(url=url, token=token or "", tls_cert_file=tls_cert)
+    url, token, tls_cert = _found(name, url, token, tls_cert, lambda state: state.http_url)
+    return HttpTarget(url=url, token=token, tls_cert_file=tls_cert)
 
 
 def _grpc_target(
@@ -354,11 +352,23 @@ def _grpc_target(
     """Return what the flags and the environment say, and the run-state file for the rest."""
     from cluster.commands.talk import GrpcTarget
 
-    if target is None:
+    target, token, tls_cert = _found(name, target, token, tls_cert, lambda s: s.grpc_target)
+    return GrpcTarget(target=target, token=token, tls_ca_file=tls_cert)
+
+
+def _found(
+    name: str | None,
+    address: str | None,
+    token: str | None,
+    tls_cert: Path | None,
+    address_of: Callable[[RunState], str],
+) -> tuple[str, str, Path | None]:
+    """Return (address, token, certificate); the run-state file says what is not given."""
+    if address is None:
         state = _ready_state(name)
-        target, token = state.grpc_target, token or state.token
+        address, token = address_of(state), token or state.token
         tls_cert = tls_cert or _path(state.tls_cert_file)
-    return GrpcTarget(target=target, token=token or "", tls_ca_file=tls_cert)
+    return address, token or "", tls_cert
 
 
 def _options(

@@ -10,15 +10,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-import signal
-import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-
-import ray
 
 from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
@@ -35,7 +31,7 @@ from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
 from cluster.profile import LOCAL
-from cluster.ray_session import connect
+from cluster.ray_session import STOP_SIGNALS, ray_session
 from placement.stages import StagesPlan, split_verdict
 from placement.topology import Device
 from placement.workload import ModelProfile
@@ -45,7 +41,6 @@ _ROOT = Path(__file__).resolve().parent.parent
 _PROGRESS_EVERY_S = 0.2
 _WATCH_EVERY_S = 0.5
 _CLOSE_GRACE_S = 2.0
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 OnEvent = Callable[[LaunchEvent], None]
 
@@ -79,7 +74,7 @@ def run(config: MotleyConfig, on_event: OnEvent) -> None:
 async def _run(config: MotleyConfig, on_event: OnEvent) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stopping.set)
     launching = asyncio.create_task(_until_stopped(config, on_event, stopping))
     interrupted = asyncio.create_task(stopping.wait())
@@ -107,7 +102,7 @@ async def deployment(
         adapter = await asyncio.to_thread(_open_adapter, config, checkpoint)
         loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, checkpoint))
         stack.callback(loading.cancel)
-        await stack.enter_async_context(_ray(config))
+        await stack.enter_async_context(ray_session(config))
         hosts = await asyncio.to_thread(find_hosts)
         topology = await asyncio.to_thread(find_topology, config, hosts)
         width = dtype_bytes(config.engine, [device.kind for device in topology.devices])
@@ -300,21 +295,3 @@ def _token(config: MotleyConfig) -> str:
         return read_token(file)
     except ValueError as error:
         raise ConfigError(f"gateway.token_file: {error}") from error
-
-
-@asynccontextmanager
-async def _ray(config: MotleyConfig) -> AsyncIterator[None]:
-    """Join the configured cluster (or the job's own), or start one here and stop it at the end."""
-    if ray.is_initialized():
-        yield
-        return
-    handlers = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    await asyncio.to_thread(connect, config)
-    # Ray installs a crash reporter for SIGTERM, which is our ordinary way to stop.
-    if threading.current_thread() is threading.main_thread():
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(ray.shutdown)

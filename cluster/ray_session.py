@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
 import logging
 import os
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,42 @@ _ROOT = Path(__file__).resolve().parent.parent
 _CONNECT_TIMEOUT_S = 5.0
 STARTED_HERE = "local"
 """Ray's word for a cluster of one's own."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_log = logging.getLogger(__name__)
+
+
+@asynccontextmanager
+async def ray_session(config: MotleyConfig) -> AsyncIterator[None]:
+    """Join the configured cluster (or the job's own), or start one here and stop it at the end.
+
+    What Ray prints meanwhile is logged instead. A session that is there already is used as it is.
+
+    Raises:
+        ConfigError: Nothing answers at the cluster's address.
+    """
+    if ray.is_initialized():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    with redirect_stdout(_Printed()):
+        await asyncio.to_thread(connect, config)
+        # Ray installs a crash reporter for SIGTERM, which is our ordinary way to stop.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(ray.shutdown)
+
+
+class _Printed(io.TextIOBase):
+    """Ray prints every death of a worker, in a thread of its own; events say it already."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            _log.info("printed: %s", text.strip())
+        return len(text)
 
 
 def connect(config: MotleyConfig) -> None:

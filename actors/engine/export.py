@@ -16,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from actors.engine.checkpoint import Checkpoint, CheckpointError, TensorInfo
 from actors.engine.training_config import LoraSettings
-from actors.engine.training_units import ADAPTER_NAME, initial_weights, split_flat
+from actors.engine.training_units import ADAPTER_NAME, initial_weights, peft_config, split_flat
 from actors.engine.training_values import Unit
 
 TRAINING_FOLDER = "training"
@@ -102,15 +101,10 @@ def write_adapter(
         for name, tensor in _named(unit, flat)
     }
     _save(folder / _ADAPTER_FILE, tensors)
-    LoraConfig(
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base_model,
-        r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
-        lora_dropout=lora.dropout,
-        target_modules=list(lora.target_modules),
-        inference_mode=True,
-    ).save_pretrained(str(folder))
+    config = peft_config(
+        lora, task_type="CAUSAL_LM", base_model_name_or_path=base_model, inference_mode=True
+    )
+    config.save_pretrained(str(folder))
     # With a config.json the folder would pass for a whole model.
     _copy_model_files(checkpoint.path, folder, except_names=_CONFIG_FILES)
 

@@ -250,11 +250,6 @@ class WeightShard:
             bits_C = self._scratch.bits_C[: chunk.num_values]
             split_master(master_C, out_N[chunk.values], held.residual_N[chunk.values], bits_C)
 
-    def discard(self) -> None:
-        """Forget the gradients of all units' steps that were not taken, to run them again."""
-        for held in self._units.values():
-            held.gradients.clear()
-
     def state(self, unit: str) -> dict[str, torch.Tensor]:
         """Return what an exact resume needs besides the published weights.
 

@@ -46,13 +46,20 @@ def training_skeleton(checkpoint: Checkpoint, lora: LoraSettings | None, dtype: 
     if lora is None:
         return model
     _check_targets(model, lora.target_modules)
-    config = LoraConfig(
+    return inject_adapter_in_model(
+        peft_config(lora), model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True
+    )
+
+
+def peft_config(lora: LoraSettings, **options: Any) -> LoraConfig:
+    """Return PEFT's own settings, with more of its `options`."""
+    return LoraConfig(
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number will do
         lora_dropout=lora.dropout,
         target_modules=list(lora.target_modules),
+        **options,
     )
-    return inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True)
 
 
 def lora_targets(model: Any) -> tuple[str, ...]:

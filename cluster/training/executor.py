@@ -150,6 +150,23 @@ class SlotExecutor:
                 silent_s = now_s - pooled.heard_s
                 self._lose(pooled, f"it has all that its slot needs and hung for {silent_s:.0f} s")
 
+    async def check_fed(self) -> None:
+        """Notice inputs that cannot come any more; to be called now and then.
+
+        Raises:
+            HostsLostError: They were lost with the node that had made them.
+        """
+        for pooled in list(self.devices.values()):
+            try:
+                await pooled.check_fed()
+            except RayActorError:
+                continue  # the stream of its slot tells
+            except (ObjectLostError, RayTaskError) as error:
+                raise HostsLostError(
+                    f"activations for {pooled.device.id} are lost with their node: "
+                    f"{_last_line(error)}"
+                ) from error
+
     def _expected_s(self, visit: Visit) -> float:
         assert self.dispatcher is not None
         assert visit.device_id is not None
@@ -230,9 +247,10 @@ class SlotExecutor:
                 names = visit.boundaries(kind)
                 is_local = visit.is_local(kind, m)
                 references = [] if is_local else [visit.round.outputs[name, m] for name in names]
-                actor.feed.options(concurrency_group="feed").remote(
+                fed = actor.feed.options(concurrency_group="feed").remote(
                     slot_key(visit), m, visit.loads(kind, m), tuple(map(tuple, names)), *references
                 )
+                pooled.fed.append(fed)
                 visit.num_fed[kind] += 1
 
     async def _note_prepared(self, visit: Visit, pooled: PooledDevice, prepared: Any) -> None:
@@ -286,7 +304,6 @@ class SlotExecutor:
         now_s = self._now_s()
         reader.busy_s += report.busy_s
         pooled.busy_s += report.busy_s
-        pooled.late_s += report.late_s
         pooled.heard_s = now_s
         self.dispatcher.progressed(*visit.order, now_s=now_s)
         if self._hooks.on_event is not None:

@@ -22,6 +22,8 @@ from cluster.training.rounds import Round
 from placement.train import PlannedSlot
 
 _START_TIMEOUT_S = 120.0
+SILENCE_S = 60.0
+"""After which a host that does not say that it is there is given up."""
 
 
 class WeightTable:
@@ -76,6 +78,8 @@ class WeightHosts:
         self._step = 0
         """Whose gradients the hosts are summing."""
         self._early: list[tuple[Round, PlannedSlot, Mapping[str, Any]]] = []
+        self._hung = ""
+        """Why a host was ended that others will find dead."""
 
     async def start(self, spec: WeightHostSpec, hosts: Sequence[Host]) -> None:
         """Start the actors and load the checkpoint's own weights as version 0."""
@@ -103,16 +107,40 @@ class WeightHosts:
             actor = WeightHostActor.options(**options).remote(own)
             self._actors.append(actor)
             self._host_of |= dict.fromkeys(share, actor)
-        with _losses():
+        with self._losses():
             await asyncio.wait_for(
                 asyncio.gather(*(actor.ready.remote() for actor in self._actors)), _START_TIMEOUT_S
             )
             await self._publish_all("load", lambda _: None)
 
+    async def check(self) -> None:
+        """Ask all hosts whether they are there; one that hangs is ended, so that no call waits.
+
+        Raises:
+            HostsLostError: One is lost, and with a lost node what its devices had made.
+        """
+        asked = [
+            actor.ready.options(concurrency_group="control").remote() for actor in self._actors
+        ]
+        actors = list(self._actors)
+        answers = await asyncio.gather(
+            *(asyncio.wait_for(answer, SILENCE_S) for answer in asked),
+            return_exceptions=True,
+        )
+        for actor, answer in zip(actors, answers, strict=True):
+            if actor not in self._actors or not isinstance(answer, BaseException):
+                continue  # it was replaced meanwhile
+            if isinstance(answer, TimeoutError):
+                self._hung = f"it hung for {SILENCE_S:g} s"
+                ray.kill(actor)
+            with self._losses():
+                raise answer
+
     def stop(self) -> None:
         for actor in self._actors:
             ray.kill(actor)
         self._actors, self._host_of, self._adds, self._early = [], {}, [], []
+        self._hung = ""
 
     def resume_at(self, step: int) -> None:
         """Sum gradients of this step next, after `restore` of every unit."""
@@ -122,7 +150,7 @@ class WeightHosts:
         self, unit: str, version: int, weights: Array, state: Mapping[str, Array]
     ) -> None:
         """Put a unit back to what a checkpoint holds."""
-        with _losses():
+        with self._losses():
             host = self._host_of[unit]
             self.table.put(await host.restore.remote(unit, version, weights, dict(state)))
 
@@ -146,7 +174,7 @@ class WeightHosts:
 
     async def norms(self) -> StepNorms:
         """Wait until all gradients of the step are summed; returns their norm."""
-        with _losses():
+        with self._losses():
             await asyncio.gather(*self._adds)
             self._adds = []
             parts = await asyncio.gather(*(actor.squared_norms.remote() for actor in self._actors))
@@ -167,24 +195,24 @@ class WeightHosts:
         early, self._early = self._early, []
         for waiting in early:
             self.add(*waiting)
-        with _losses():
+        with self._losses():
             await stepping
 
     async def export(self, unit: str) -> tuple[Array, dict[str, Array]]:
         """Return a unit's weights and optimizer state."""
-        with _losses():
+        with self._losses():
             exported: tuple[Array, dict[str, Array]] = await self._host_of[unit].export.remote(unit)
         return exported
 
     async def non_finite_units(self) -> list[str]:
         """Return the units whose weights are not all finite."""
-        with _losses():
+        with self._losses():
             parts = await asyncio.gather(*(a.non_finite_units.remote() for a in self._actors))
         return [unit for part in parts for unit in part]
 
     async def host_bytes(self) -> HostBytes:
         """Return what all hosts hold."""
-        with _losses():
+        with self._losses():
             parts = await asyncio.gather(*(actor.host_bytes.remote() for actor in self._actors))
         return HostBytes(
             num_trained=sum(unit.num_trained for unit in self.units),
@@ -199,6 +227,20 @@ class WeightHosts:
     def _parts(self, unit: str) -> int:
         """How many gradients a round has for a unit: two for an embedding that is the head too."""
         return 2 if self._is_tied and unit == EMBEDDING_UNIT else 1
+
+    @contextmanager
+    def _losses(self) -> Iterator[None]:
+        """Turn the death of a host into one error."""
+        try:
+            yield
+        except (RayActorError, ObjectLostError, TimeoutError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            if "creation task" in lines[0]:
+                raise TrainingError(f"a weight host did not start: {lines[-1]}") from error
+            raise HostsLostError(f"a weight host is lost: {self._hung or lines[0]}") from error
+        except RayError as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise TrainingError(f"a weight host failed: {lines[-1]}") from error
 
     def _publish_all(
         self, method: str, on_published: Callable[[Published], None], *arguments: Any
@@ -226,18 +268,3 @@ def share_units(units: Sequence[Unit], num_hosts: int) -> list[list[str]]:
         shares[min(num_hosts - 1, int(middle * num_hosts / max(1, total)))].append(unit.name)
         taken += weight
     return shares
-
-
-@contextmanager
-def _losses() -> Iterator[None]:
-    """Turn the death of a host into one error."""
-    try:
-        yield
-    except (RayActorError, ObjectLostError, TimeoutError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if "creation task" in lines[0]:
-            raise TrainingError(f"a weight host did not start: {lines[-1]}") from error
-        raise HostsLostError(f"a weight host is lost: {lines[0]}") from error
-    except RayError as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise TrainingError(f"a weight host failed: {lines[-1]}") from error

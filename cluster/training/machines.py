@@ -30,7 +30,7 @@ from actors.weights import WeightHostSpec
 from cluster.inventory import find_hosts, find_specs, find_topology
 from cluster.planning import dtype_bytes
 from cluster.training.checkpoints import TrainingState
-from cluster.training.errors import TrainingError
+from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.events import (
     DeviceJoined,
     DeviceLost,
@@ -113,7 +113,8 @@ class Machines:
         for started in devices:
             self._use(started)
         self._watching = [
-            asyncio.create_task(work) for work in (self._revive(), self._watch(), self._replan())
+            asyncio.create_task(work)
+            for work in (self._revive(), self._watch(), self._watch_hosts(), self._replan())
         ]
         for task in self._watching:
             task.add_done_callback(self._watch_ended)
@@ -388,6 +389,17 @@ class Machines:
                         f"its node again and run with --resume"
                     )
                 )
+
+    async def _watch_hosts(self) -> None:
+        """Notice hosts that are lost while nobody calls them, and activations that are."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            executor = self.executor
+            try:
+                await self.weights.check()
+                await executor.check_fed()
+            except HostsLostError as error:
+                executor.fail(error)
 
     def _watch_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:

@@ -123,10 +123,6 @@ class Batches:
         """Share of the first epoch's rows that is there to fill sequences up."""
         return 1 - self.num_tokens / (self.num_sequences * self._sequence_tokens)
 
-    def epochs(self, sequences: int) -> float:
-        """Return how often `sequences` go through the data; above 1, documents repeat."""
-        return sequences / self.num_sequences
-
     def step(self, step: int, micro_batches: int) -> list[MicroBatch]:
         """Return the micro-batches of optimizer step `step`, which counts from 0.
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ray
+
 from actors.engine.training_values import MicroBatch, RouterLoads
 from actors.pool_values import KeptKey, SlotKey, SlotTask
 from cluster.training.rounds import Visit
@@ -30,10 +32,10 @@ class PooledDevice:
     """The newest visit that was sent to it."""
     busy_s: float = 0.0
     """Since the pool began."""
-    late_s: float = 0.0
-    """Paced only: by how much real work outlasted declared time."""
     heard_s: float = 0.0
     """When it last streamed something, or was given something."""
+    fed: list[Any] = field(default_factory=list)
+    """References of inputs that were sent and may not have come yet."""
     _suspected_s: float | None = None
     """`heard_s` when it was found silent for too long."""
 
@@ -64,6 +66,15 @@ class PooledDevice:
         # One that failed raises here.
         _, report, _ = await asyncio.gather(*references)
         return references[0], report.loads
+
+    async def check_fed(self) -> None:
+        """Raise what went wrong with inputs that were sent since the last call.
+
+        Raises:
+            RayError: Some did not come.
+        """
+        came, self.fed = _come(self.fed)
+        await asyncio.gather(*came)
 
     def cancel(self, visit: Visit) -> None:
         """Take a visit back."""
@@ -115,6 +126,14 @@ class SlotReader:
         kept, self._kept = self._kept, []
         self._left -= 1
         return kept
+
+
+def _come(references: list[Any]) -> tuple[list[Any], list[Any]]:
+    """Return those whose call is over, and the others."""
+    if not references:
+        return [], []
+    came, waiting = ray.wait(references, num_returns=len(references), timeout=0, fetch_local=False)
+    return came, waiting
 
 
 def slot_key(visit: Visit) -> SlotKey:

@@ -8,27 +8,20 @@ it stops, also when a step fails.
 from __future__ import annotations
 
 import asyncio
-import io
-import logging
-import signal
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, redirect_stdout
-
-import ray
+from collections.abc import Callable, Iterator
+from contextlib import AsyncExitStack, contextmanager
 
 from cluster.config import MotleyConfig
 from cluster.inventory import find_hosts, find_topology
-from cluster.ray_session import STARTED_HERE, connect, ray_options
+from cluster.ray_session import STARTED_HERE, STOP_SIGNALS, ray_options, ray_session
 from cluster.training.events import TrainingEvent
 from cluster.training.job import TrainingJob, open_job
 from cluster.training.loop import TrainingLoop
 from cluster.training.object_store import with_object_store
 
 OnEvent = Callable[[TrainingEvent], None]
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_log = logging.getLogger(__name__)
 
 
 def run(
@@ -42,45 +35,22 @@ def run(
         TrainingError: It could not go on.
     """
     job = open_job(config, resume=resume)
-    with redirect_stdout(_Printed()):
-        asyncio.run(_run(job, on_event, trace=trace))
-
-
-class _Printed(io.TextIOBase):
-    """Ray prints every death of a worker, in a thread of its own; the events say it already."""
-
-    def write(self, text: str) -> int:
-        if text.strip():
-            _log.info("printed: %s", text.strip())
-        return len(text)
+    asyncio.run(_run(job, on_event, trace=trace))
 
 
 async def _run(job: TrainingJob, on_event: OnEvent, *, trace: bool) -> None:
-    stopping = asyncio.Event()
+    config, stopping = job.config, asyncio.Event()
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(_session(job))
+        is_own = ray_options(config)["address"] == STARTED_HERE
+        # A cluster that is joined has the object store that it has.
+        session = ray_session(with_object_store(job) if is_own else config)
+        await stack.enter_async_context(session)
         stack.enter_context(_signals(stopping))
         hosts = await asyncio.to_thread(find_hosts)
-        topology = await asyncio.to_thread(find_topology, job.config, hosts)
+        topology = await asyncio.to_thread(find_topology, config, hosts)
         loop = TrainingLoop(job, topology, hosts, on_event, stopping=stopping, trace=trace)
         stack.callback(loop.close)
         await loop.train(time.monotonic())
-
-
-@asynccontextmanager
-async def _session(job: TrainingJob) -> AsyncIterator[None]:
-    """Join the configured cluster (or the job's own), or start one here and stop it at the end."""
-    if ray.is_initialized():
-        yield
-        return
-    is_own = ray_options(job.config)["address"] == STARTED_HERE
-    # A cluster that is joined has the object store that it has.
-    config = with_object_store(job) if is_own else job.config
-    await asyncio.to_thread(connect, config)
-    try:
-        yield
-    finally:
-        await asyncio.to_thread(ray.shutdown)
 
 
 @contextmanager
@@ -90,10 +60,10 @@ def _signals(stopping: asyncio.Event) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    for number in _STOP_SIGNALS:
+    for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stopping.set)
     try:
         yield
     finally:
-        for number in _STOP_SIGNALS:
+        for number in STOP_SIGNALS:
             loop.remove_signal_handler(number)

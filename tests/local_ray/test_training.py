@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
 from cluster.config import MotleyConfig
+from cluster.training import hosts
 from cluster.training.errors import TrainingError
 from cluster.training.events import (
     CheckpointSaved,
@@ -202,20 +205,31 @@ class Stop(Exception):
     """Ends a run from a test's own watch."""
 
 
-def test_a_node_that_joins_is_used_from_the_next_round(
-    make_config: Callable[..., MotleyConfig],
-) -> None:
-    config = make_config(1, steps=2000).model_copy(update={"devices": None})
+@pytest.fixture
+def start_node() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    """Start Ray nodes beside the session's own."""
     nodes: list[subprocess.Popen[bytes]] = []
-    own: Events = []
-    """The test's own record: the run is ended from within."""
 
-    def start_node() -> None:
+    def start() -> subprocess.Popen[bytes]:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--block"]
         command += ["--node-name=second", "--num-cpus=2"]
         command += [f"--address={ray.get_runtime_context().gcs_address}"]
         command += [f"--object-store-memory={100 * 2**20}"]
         nodes.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
+        return nodes[-1]
+
+    yield start
+    for node in nodes:
+        node.terminate()
+        node.wait(30)
+
+
+def test_a_node_that_joins_is_used_from_the_next_round(
+    make_config: Callable[..., MotleyConfig], start_node: Callable[[], Any]
+) -> None:
+    config = make_config(1, steps=2000).model_copy(update={"devices": None})
+    own: Events = []
+    """The test's own record: the run is ended from within."""
 
     def watch(event: TrainingEvent) -> None:
         own.append(event)
@@ -226,13 +240,8 @@ def test_a_node_that_joins_is_used_from_the_next_round(
             if any(event.idle_fractions.get(device_id, 1.0) < 1.0 for device_id in joined):
                 raise Stop
 
-    try:
-        with pytest.raises(Stop):
-            train(config, watch=watch)
-    finally:
-        for node in nodes:
-            node.terminate()
-            node.wait(30)
+    with pytest.raises(Stop):
+        train(config, watch=watch)
     assert len(of_kind(own, DeviceJoined)) == 1
     with_both = losses(own)
 
@@ -264,6 +273,62 @@ def test_a_killed_weight_host_costs_the_steps_since_the_checkpoint(
     whole = losses(train(unbroken(config)))
     by_step = {event.step: event.loss for event in of_kind(events, StepDone)}
     assert [by_step[step] for step in range(1, 10)] == whole
+
+
+def test_a_weight_host_that_hangs_is_given_up(
+    make_config: Callable[..., MotleyConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hosts, "SILENCE_S", 3.0)
+    config = make_config(2, steps=9, checkpoint_every_steps=4)
+
+    def watch(event: TrainingEvent) -> None:
+        if isinstance(event, StepDone) and event.step == 6 and not stopped:
+            stopped.append(min(actor_processes(b"ray::WeightHostWorker")))
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    stopped: list[int] = []
+    try:
+        events = train(config, watch=watch)
+    finally:
+        with suppress(ProcessLookupError):  # Ray ended it, most likely
+            os.kill(stopped[0], signal.SIGKILL)
+    [lost] = of_kind(events, HostsLost)
+    assert lost.from_step == 4
+    assert "hung for 3 s" in lost.reason
+    whole = losses(train(unbroken(config)))
+    by_step = {event.step: event.loss for event in of_kind(events, StepDone)}
+    assert [by_step[step] for step in range(1, 10)] == whole
+
+
+def test_a_node_that_is_lost_costs_the_steps_since_the_checkpoint(
+    make_config: Callable[..., MotleyConfig],
+    start_node: Callable[[], Any],
+) -> None:
+    config = make_config(1, steps=9, checkpoint_every_steps=4, cut=CUT)
+    config = config.model_copy(update={"devices": None})
+    whole = losses(train(unbroken(config)))
+    second = start_node()
+    deadline_s = time.monotonic() + 60.0
+    while not any(node["Alive"] and node["NodeName"] == "second" for node in ray.nodes()):  # type: ignore[no-untyped-call]
+        assert time.monotonic() < deadline_s, "the second node does not come up"
+        time.sleep(0.1)
+
+    def watch(event: TrainingEvent) -> None:
+        if isinstance(event, StepDone) and event.step == 6 and not killed:
+            killed.append(event.step)
+            kill_node(second)
+
+    killed: list[int] = []
+    events = train(config, watch=watch)
+    assert of_kind(events, HostsLost)
+    by_step = {event.step: event.loss for event in of_kind(events, StepDone)}
+    assert [by_step[step] for step in range(1, 10)] == whole
+
+
+def kill_node(node: subprocess.Popen[bytes]) -> None:
+    """End all processes of a node at once, as a power cut would."""
+    for pid in actor_processes(b"", root=node.pid):
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_a_resumed_run_goes_through_the_same_losses(
