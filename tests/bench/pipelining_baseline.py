@@ -40,7 +40,7 @@ class Task:
     """Layers of the first stage."""
     steps: int
     micro_batches: int
-    """Of a step; fewer than there are in the file for a quick look."""
+    """Of a step."""
     with_checkpointing: bool
     optimizer: dict[str, Any]
     """`OptimizerSettings`."""
@@ -90,9 +90,9 @@ def measure(task: Task) -> list[CutResult]:
     return [CutResult(**result) for result in results]
 
 
-def best_cut(task: Task) -> int:
-    """Return the cut of the shortest step; the first step of each warms up."""
-    return min(measure(task), key=lambda result: min(result.seconds[1:])).cut
+def fastest_steps(task: Task) -> dict[int, float]:
+    """Return the seconds of the shortest step of each cut; the first step of each warms up."""
+    return {result.cut: min(result.seconds[1:]) for result in measure(task)}
 
 
 def _main(path: Path, rank: int) -> None:
