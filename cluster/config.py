@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from actors.engine.adapter import CONFIG_FILE, AdapterError, is_adapter_folder, read_config
 from actors.engine.config import EngineConfig
+from cluster.controller_settings import ControllerConfig
 from cluster.gateway.settings import GatewaySettings
 from cluster.quantities import parse_bytes, parse_bytes_per_s, parse_flops_per_s
 from cluster.training_settings import TrainingSettings
@@ -146,6 +147,7 @@ class MotleyConfig(_Settings):
     """Between nodes that no link joins: gigabit Ethernet. null: they cannot reach each other."""
     plan: PlanSettings = PlanSettings()
     training: TrainingSettings = TrainingSettings()
+    controller: ControllerConfig = ControllerConfig()
     gateway: GatewaySettings = GatewaySettings()
     ray: RaySettings = RaySettings()
 

@@ -70,6 +70,8 @@ class StepBatch:
     """For each scored prompt, the token that follows each of its rows (one short at the end)."""
     adapter_version: int = 0
     """What every stage runs the step with; 0: the base model."""
+    life: int = 0
+    """Of the lane: a step of one that was lost and replaced is dropped."""
 
     @property
     def num_tokens(self) -> int:
@@ -90,6 +92,7 @@ class StepBatch:
             [
                 self.lane, self.step, self.epoch, self.tokens, self.rows, self.copies,
                 self.drawn, self.draws, self.prompt_logprobs, self.targets, self.adapter_version,
+                self.life,
             ]
         )  # fmt: skip
         return data
@@ -99,12 +102,25 @@ class StepBatch:
         """Decode a step; raises ValueError when it is malformed."""
         try:
             fields = msgpack.unpackb(data)
-            lane, step, epoch, tokens, rows, copies, drawn, draws, scored, targets, version = fields
+            (
+                lane,
+                step,
+                epoch,
+                tokens,
+                rows,
+                copies,
+                drawn,
+                draws,
+                scored,
+                targets,
+                version,
+                life,
+            ) = fields
             batch = cls(
                 lane, step, epoch, tokens,
                 [Rows(*entry) for entry in rows], [(s, d) for s, d in copies],
                 drawn, [Draw(*entry) for entry in draws], [(i, k) for i, k in scored], targets,
-                version,
+                version, life,
             )  # fmt: skip
             is_whole = sum(entry.length for entry in batch.rows) == len(tokens)
         except (TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
