@@ -14,7 +14,11 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, assert_never
 
+from actors.fleet import Fleet, FleetError, Member
+from actors.moving import MoveReport, move, replace_lane, stand_still
+from actors.wire import Address
 from placement.controller import Controller
+from placement.stages import StagesPlan
 from placement.steering.values import (
     ChangeLanes,
     Command,
@@ -31,11 +35,6 @@ from placement.steering.values import (
     StagesMeasured,
     Tick,
 )
-
-from actors.fleet import Fleet, FleetError, Member
-from actors.moving import MoveReport, move, replace_lane, stand_still
-from actors.wire import Address
-from placement.stages import StagesPlan
 
 _log = logging.getLogger(__name__)
 _WATCH_S = 0.2
@@ -58,6 +57,8 @@ class Hooks:
     """Whom the shell tells, on its own thread."""
 
     counters: Callable[[], Counters]
+    adapter_version: Callable[[], int]
+    """That lanes use."""
     is_node_alive: Callable[[str], bool]
     """Asks the node itself; takes seconds when it does not answer."""
     on_interrupted: Callable[[str], None]
@@ -162,10 +163,17 @@ class ControllerShell:
         if self._hooks.is_node_alive(node):
             event: Event = DeviceLost(at_s=self._now_s(), device_id=str(member.key), reason=reason)
         else:
-            for other in [m for m in self._fleet.stages.values() if self._node_of(m) == node]:
-                self._fleet.bury(other)
             event = NodeLost(at_s=self._now_s(), node=node, reason=reason)
         self._handle(event)
+
+    def _bury_node(self, node: str, reason: str) -> None:
+        """What is on a lost node may still run, and must not come back."""
+        on_it = [m for m in self._fleet.stages.values() if self._node_of(m) == node]
+        if on_it:
+            self._hooks.on_interrupted(reason)
+            stand_still(self._fleet)
+        for member in on_it:
+            self._fleet.bury(member)
 
     def _node_of(self, member: Member) -> str:
         return self._fleet.devices[str(member.key)].node
@@ -177,7 +185,12 @@ class ControllerShell:
             self._hooks.on_fatal(f"{reason}; it is the {self._lane_losses}th lane in a row")
             return
         try:
-            lane = replace_lane(self._fleet, lost, timeout_s=self._settings.start_timeout_s)
+            lane = replace_lane(
+                self._fleet,
+                lost,
+                adapter_version=self._hooks.adapter_version(),
+                timeout_s=self._settings.start_timeout_s,
+            )
         except FleetError as error:
             # A stage may have died with it; its own loss is found next, and this lane again.
             _log.warning("%s could not be replaced: %s", lost.name, error)
@@ -190,6 +203,8 @@ class ControllerShell:
 
     def _handle(self, event: Event) -> None:
         """Tell the controller, and do what it says until it says no more."""
+        if isinstance(event, NodeLost):
+            self._bury_node(event.node, event.reason)
         commands = list(self.controller.handle(event))
         while commands:
             command = commands.pop(0)

@@ -106,8 +106,9 @@ class Fleet:
         self.stages: dict[str, Member] = {}
         """By device."""
         self.lanes: dict[int, Member] = {}
-        self.adapter: tuple[int, Any] | None = None
-        """(version, its bytes in Ray) of the adapter in use, for stages that come later."""
+        self._adapters: dict[int, Any] = {}
+        """The adapter in use and the newest, by version: their bytes in Ray, for stages that come
+        later."""
         self._watches: dict[Any, Member] = {}
         self._pinged_s = 0.0
 
@@ -140,7 +141,7 @@ class Fleet:
         actor = StageActor.options(**options).remote(stage, spec.keys, spec.monitor)
         return Member("stage", device.id, actor)
 
-    def start_lane(self, index: int, *, life: int = 0) -> Member:
+    def start_lane(self, index: int, *, life: int = 0, adapter_version: int = 0) -> Member:
         """Start a lane actor; see `start_stage`."""
         spec = self.spec
         host = self.hosts[spec.lane_node]
@@ -150,7 +151,7 @@ class Fleet:
             step_timeout_s=spec.engine.step_timeout_s,
             epoch=self.plan.epoch,
             life=life,
-            adapter_version=self.adapter[0] if self.adapter else 0,
+            adapter_version=adapter_version,
             host=host.address,
         )
         options = _options(host, num_gpus=0)
@@ -166,10 +167,12 @@ class Fleet:
         try:
             calls = [member.actor.ready.remote() for member in members]
             addresses = wait_for(members, calls, deadline_s)
-            if self.adapter is not None:
-                version, message = self.adapter
-                stages = [member for member in members if member.kind == "stage"]
-                loads = [s.actor.load_adapter.remote(version, message, version) for s in stages]
+            stages = [member for member in members if member.kind == "stage"]
+            for version, message in sorted(self._adapters.items()):
+                keep = min(self._adapters)
+                loads = [
+                    stage.actor.load_adapter.remote(version, message, keep) for stage in stages
+                ]
                 wait_for(stages, loads, deadline_s)
         except FleetError:
             for member in members:
@@ -267,7 +270,8 @@ class Fleet:
         calls = [stage.actor.load_adapter.remote(version, message, keep) for stage in stages]
         late = f"had not loaded the adapter within {timeout_s:g} s; raise ray.start_timeout_s"
         wait_for(stages, calls, time.monotonic() + timeout_s, late)
-        self.adapter = version, message
+        kept = {old: self._adapters[old] for old in {keep} & self._adapters.keys()}
+        self._adapters = kept | {version: message}
 
     def stop(self) -> None:
         """Stop every actor: politely first, then for certain."""

@@ -90,7 +90,7 @@ def stand_still(fleet: Fleet) -> None:
     _best_effort(lanes, calls, time.monotonic() + _UNDO_TIMEOUT_S)
 
 
-def replace_lane(fleet: Fleet, lost: Member, *, timeout_s: float) -> Member:
+def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s: float) -> Member:
     """Start a lane in the place of a lost one, and connect it.
 
     Raises:
@@ -98,7 +98,7 @@ def replace_lane(fleet: Fleet, lost: Member, *, timeout_s: float) -> Member:
     """
     deadline_s = time.monotonic() + timeout_s
     assert isinstance(lost.key, int)
-    lane = fleet.start_lane(lost.key, life=lost.life + 1)
+    lane = fleet.start_lane(lost.key, life=lost.life + 1, adapter_version=adapter_version)
     fleet.admit([lane], deadline_s)
     fleet.connect(fleet.plan, deadline_s)
     first = fleet.stages[fleet.plan.stages[0].device_id].address

@@ -244,7 +244,7 @@ class StageWorker:
             batch = StepBatch.decode(parts[1])
             if batch.epoch < self._oldest_epoch:
                 return  # its lane has forgotten it
-            route = self._routes[batch.epoch]
+            route = self._routes.get(batch.epoch) or self._routes[max(self._routes)]
             life, lane = route.lanes[batch.lane]
             if batch.life != life:
                 return  # the lane that sent it is no more
@@ -252,6 +252,10 @@ class StageWorker:
             _log.warning("%s dropped a message: %r", self._spec.device.id, error)
             return
         try:
+            if batch.epoch not in self._routes:
+                raise ValueError(
+                    f"step {batch.step} is of plan {batch.epoch}; it has {[*self._routes]}"
+                )
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
             out = route.slice.forward(batch, hidden)
             occupied_s = self._clock.finish(batch, started_s, route.cost)

@@ -191,6 +191,10 @@ class Dispatcher:
         self.refuse(reason)
         self.lost.set()
         self._lane_reported.set()
+        self.end_all(reason)
+
+    def end_all(self, reason: str) -> None:
+        """End what is in flight with an error."""
         for request_id, stream in self._streams.items():
             error = RequestOutput(id=request_id, finish_reason="error", error=reason)
             stream.outputs.put_nowait(error)

@@ -13,14 +13,6 @@ from functools import partial
 from typing import Any
 
 import ray
-from placement.controller import Controller
-from placement.steering.values import (
-    DrainCancelled,
-    DrainRequested,
-    NodeJoined,
-    NodeLost,
-    PlanRequested,
-)
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -33,7 +25,15 @@ from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_specs, find_topology
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
+from placement.controller import Controller
 from placement.stages import StagesPlan
+from placement.steering.values import (
+    DrainCancelled,
+    DrainRequested,
+    NodeJoined,
+    NodeLost,
+    PlanRequested,
+)
 from placement.topology import Topology
 from placement.workload import ModelProfile
 
@@ -80,6 +80,7 @@ class Supervisor:
             fleet,
             Hooks(
                 counters=self._counters,
+                adapter_version=lambda: dispatcher.adapter().version,
                 is_node_alive=self._is_node_alive,
                 on_interrupted=partial(self._say, dispatcher.interrupted),
                 on_plan=self._on_plan,
@@ -188,7 +189,7 @@ class Supervisor:
         self._dispatcher.refuse(reason)
         if self._giving_up is None:
             self._giving_up = self._loop.call_later(
-                self._config.controller.recovery_timeout_s, self._dispatcher.fail, reason
+                self._config.controller.recovery_timeout_s, self._dispatcher.end_all, reason
             )
 
     def _is_node_alive(self, node: str) -> bool:
