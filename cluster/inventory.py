@@ -107,6 +107,29 @@ def find_topology(config: MotleyConfig, hosts: Mapping[str, Host]) -> Topology:
     return measured_topology(profile, config.model_copy(update={"devices": tuple(specs)}), model)
 
 
+def find_joined(
+    config: MotleyConfig, topology: Topology, hosts: Mapping[str, Host]
+) -> Topology | None:
+    """Return the topology with the devices of nodes that have joined, measured shortly; None:
+    there are none.
+
+    Raises:
+        ConfigError: One could not be measured.
+    """
+    known = {device.id for device in topology.devices}
+    new = tuple(spec for spec in find_specs(config, hosts) if spec.id not in known)
+    if not new:
+        return None
+    found = find_topology(config.model_copy(update={"devices": new}), hosts)
+    pairs = {(link.source_node, link.target_node) for link in topology.links}
+    links = [link for link in found.links if (link.source_node, link.target_node) not in pairs]
+    return replace(
+        topology,
+        devices=(*topology.devices, *found.devices),
+        links=(*topology.links, *links),
+    )
+
+
 def _known_or_quick(
     config: MotleyConfig,
     specs: Sequence[DeviceSpec],

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ from actors.moving import MoveReport
 from actors.wire import Address, WireError
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
-from cluster.inventory import find_hosts, find_specs, find_topology
+from cluster.inventory import find_hosts, find_joined
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
 from placement.controller import Controller
@@ -239,21 +238,15 @@ class Supervisor:
 
     async def _find_new(self, hosts: dict[str, Host]) -> None:
         """Take in nodes that nobody named, measured shortly."""
-        known = {device.id for device in self._topology.devices}
-        specs = await asyncio.to_thread(find_specs, self._config, hosts)
-        new = tuple(spec for spec in specs if spec.id not in known)
-        if not new:
+        before = self._topology
+        grown = await asyncio.to_thread(find_joined, self._config, before, hosts)
+        if grown is None:
             return
-        asked = self._config.model_copy(update={"devices": new})
-        found = await asyncio.to_thread(find_topology, asked, hosts)
-        self._topology = replace(
-            self._topology,
-            devices=(*self._topology.devices, *found.devices),
-            links=tuple(dict.fromkeys((*self._topology.links, *found.links))),
-        )
+        new = grown.devices[len(before.devices) :]
+        self._topology = grown
         self._fleet.hosts |= hosts
-        self._fleet.devices |= {device.id: device for device in found.devices}
-        for node in sorted({device.node for device in found.devices}):
+        self._fleet.devices |= {device.id: device for device in new}
+        for node in sorted({device.node for device in new}):
             self._join(node)
 
 
