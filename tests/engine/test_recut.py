@@ -137,8 +137,8 @@ def test_an_adapter_in_use_comes_along_to_layers_that_are_new(
     new = [old[0].recut(0, 5), old[1].recut(5, NUM_LAYERS)]
     move_kv(old, new)
     drawn += generate(new, drawn[-1:], len(PROMPT), 1, version=1)
-    for stage in new:
-        stage.settle(old)
+    for before, stage in zip(old, new, strict=True):
+        stage.settle([before])
     drawn += generate(new, drawn[-1:], len(PROMPT) + 1, 1, version=1)
     assert drawn == expected
     assert generate([whole], PROMPT, 0, 3) == generate(new, PROMPT, 0, 3)

@@ -25,7 +25,7 @@ MODEL = "tiny-qwen3"
 NUM_REQUESTS = 8
 PROMPTS = [f"import os\nclass C{i}:\n    " * (1 + i % 4) for i in range(NUM_REQUESTS)]
 DEADLINE_S = 120.0
-SILENCE_S = 3.0
+SILENCE_S = 6.0
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -111,7 +111,7 @@ async def test_requests_go_on_with_the_same_tokens(
 
     assert actual == expected
     assert served.running.supervisor.state_json()["phase"] != "halted"
-    assert member_of(served, name) is not lost
+    assert lost not in served.running.fleet.members
     status = await asyncio.to_thread(served.wait_until, lambda status: status.ready)
     assert status.epoch == (1 if name.startswith("stage") else 0)
     served.wait_until_idle()
