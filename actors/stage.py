@@ -24,6 +24,7 @@ from actors.engine.checkpoint import Checkpoint
 from actors.engine.config import EngineConfig
 from actors.engine.frames import decode_tensor, encode_tensor
 from actors.engine.pace import DeviceClock
+from actors.engine.packed import seconds_in
 from actors.engine.slice import StageSlice
 from actors.loop import ServingLoop
 from placement.costs import stage_cost
@@ -150,7 +151,7 @@ class StageWorker:
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
             out = self._slice.forward(batch, hidden)
             occupied_s = self._clock.finish(batch, started_s)
-            seconds = msgpack.packb([*msgpack.unpackb(parts[2]), occupied_s])
+            seconds = msgpack.packb([*seconds_in(parts[2]), occupied_s])
             self._send(batch, parts[1], seconds, out)
         except Exception as error:  # noqa: BLE001 - whatever a step raises, its lane must hear it
             _log.exception("stage %d failed step %s", self._spec.index, batch.step)

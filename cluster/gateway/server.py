@@ -196,9 +196,10 @@ def _http_server(app: FastAPI, settings: GatewaySettings) -> _HttpServer:
     limits = ConnectionLimits(
         max_connections=settings.max_connections, wait_s=settings.body_timeout_s
     )
+    protocol: Any = functools.partial(GuardedProtocol, limits)
     config = uvicorn.Config(
         app,
-        http=functools.partial(GuardedProtocol, limits),
+        http=protocol,
         h11_max_incomplete_event_size=_MOST_HEAD_BYTES,
         ws="none",
         lifespan="off",

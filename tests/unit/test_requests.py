@@ -74,7 +74,7 @@ OUTPUTS = st.builds(
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
     stop_reason=st.none() | st.text() | TOKEN_IDS,
     error=st.text(),
-    cached_tokens=st.integers(0, 2**31),
+    cached_tokens=st.integers(0, 2**31 - 1),
 )
 
 
