@@ -23,7 +23,7 @@ from actors.engine.requests import (
     TokenLogprob,
 )
 
-TOKEN_IDS = st.integers(0, 2**31)
+TOKEN_IDS = st.integers(0, 2**31 - 1)
 FINITE = st.floats(-1e6, 0.0)
 LOGPROBS = st.builds(
     TokenLogprob,
