@@ -19,7 +19,7 @@ from actors import wire
 from actors.engine.batch import StepResult
 from actors.engine.batching import LaneLimits
 from actors.engine.lane import LaneCore
-from actors.engine.packed import seconds_in, unpack
+from actors.engine.packed import is_whole, seconds_in, unpack
 from actors.engine.requests import Request, RequestOutput
 from actors.loop import ServingLoop
 
@@ -114,7 +114,9 @@ class DecodeWorker:
             if kind == wire.FAIL:
                 return self._core.fail_all(str(value))
             if kind == wire.ADAPTER:
-                self._core.ask_for_adapter(int(value))
+                if not is_whole(value, high=2**63 - 1):
+                    raise ValueError("an adapter's version is no count")
+                self._core.ask_for_adapter(value)
                 return []
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             _log.warning("lane %d dropped a %r message: %r", self._spec.index, kind, error)

@@ -59,6 +59,17 @@ class GuardedProtocol(H11Protocol):
         super().handle_events()
         self._watch()
 
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no HTTP, unless it comes behind a request that is being answered."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            # As if the client had gone: what runs for it ends, and has nothing more to send.
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            super().send_400_response(msg)
+        else:
+            self.transport.close()
+
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._watch()

@@ -75,6 +75,7 @@ async def test_every_route_but_health_wants_the_token(gateway: GatewayHandle) ->
 def needs_of(gateway: GatewayHandle) -> dict[tuple[str, str], list[str]]:
     """What each (method, path) declares; one that declares nothing has an empty list."""
     found: dict[tuple[str, str], list[str]] = {}
+    declared: list[str]
     for route in _walk(gateway.app.router.routes):
         declared = [
             each.dependency.need
@@ -89,7 +90,7 @@ def needs_of(gateway: GatewayHandle) -> dict[tuple[str, str], list[str]]:
 @pytest.fixture
 def keys(tmp_path: Path) -> dict[str, str]:
     """One key for each scope, in `keys.jsonl`."""
-    made = {}
+    made: dict[str, str] = {}
     for scope in SCOPES:
         key, made[scope] = new_key(f"client-{scope}", [scope])
         add_key(tmp_path / "keys.jsonl", key)
