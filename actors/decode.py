@@ -21,6 +21,7 @@ from actors import wire
 from actors.engine.batch import StepResult
 from actors.engine.batching import LaneLimits
 from actors.engine.lane import LaneCore
+from actors.engine.packed import is_whole, seconds_in, unpack
 from actors.engine.requests import Request, RequestOutput
 from actors.loop import ServingLoop
 
@@ -161,26 +162,24 @@ class DecodeWorker:
         kind = bytes(parts[0])
         now_s = time.monotonic()
         try:
-            value = msgpack.unpackb(parts[1])
+            value = unpack(parts[1])
             if kind == wire.RESULT:
-                stage_s = sum(msgpack.unpackb(parts[2]))
+                stage_s = sum(seconds_in(parts[2]))
                 result = StepResult.from_wire(value[1])
                 self._core.accept_result(value[0], result, now_s=now_s, stage_s=stage_s)
                 return []
             if kind == wire.REQUEST:
-                request = Request.from_wire(value)
-                if not all(type(token) is int for token in request.prompt):
-                    # In a step it would fail the requests beside it too.
-                    raise TypeError(f"the prompt of {request.id!r} holds more than token ids")
-                return self._core.add(request, now_s)
+                return self._core.add(Request.from_wire(value), now_s)
             if kind == wire.ABORT:
                 return self._core.abort(value)
             if kind == wire.REFUSED:
-                return self._core.fail_step(value[0], value[1])
+                return self._core.fail_step(value[0], str(value[1]))
             if kind == wire.FAIL:
-                return self._core.fail_all(value)
+                return self._core.fail_all(str(value))
             if kind == wire.ADAPTER:
-                self._core.ask_for_adapter(int(value))
+                if not is_whole(value, high=2**63 - 1):
+                    raise ValueError("an adapter's version is no count")
+                self._core.ask_for_adapter(value)
                 return []
         except (ValueError, TypeError, AttributeError, LookupError) as error:
             _log.warning("lane %d dropped a %r message: %r", self._spec.index, kind, error)

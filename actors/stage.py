@@ -29,6 +29,7 @@ from actors.engine.checkpoint import Checkpoint
 from actors.engine.config import EngineConfig
 from actors.engine.frames import decode_tensor, encode_tensor
 from actors.engine.pace import DeviceClock
+from actors.engine.packed import seconds_in
 from actors.engine.slice import StageSlice
 from actors.loop import ServingLoop
 from placement.costs import StageCost, stage_cost
@@ -259,7 +260,7 @@ class StageWorker:
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
             out = route.slice.forward(batch, hidden)
             occupied_s = self._clock.finish(batch, started_s, route.cost)
-            seconds = msgpack.packb([*msgpack.unpackb(parts[2]), occupied_s])
+            seconds = msgpack.packb([*seconds_in(parts[2]), occupied_s])
             if isinstance(out, StepResult):
                 result = msgpack.packb([batch.step, out.to_wire()])
                 lane.send([wire.RESULT, result, seconds])

@@ -4,18 +4,18 @@ Imports are light: a verb's module is imported when the verb runs, so `motley --
 `status` and `generate` load neither torch nor Ray.
 
 Exit codes: 0 done; 1 an error; 2 wrong usage or settings; 3 no plan fits; 4 nothing is running,
-or it cannot be reached; 5 not ready, or overloaded; 6 the token was refused; 130 interrupted.
+or it cannot be reached; 5 not ready, or overloaded; 6 the token or key was refused, or lacks a
+scope; 130 interrupted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cluster.commands.errors import NotReadyError
+from cluster.commands.keys import keys_app
 from cluster.commands.options import (
     ConfigOption,
     JsonFlag,
@@ -26,6 +26,8 @@ from cluster.commands.options import (
     StopOption,
     TargetOption,
     TemperatureOption,
+    TlsClientCertOption,
+    TlsClientKeyOption,
     TlsOption,
     TokenOption,
     TopPOption,
@@ -33,14 +35,12 @@ from cluster.commands.options import (
 )
 from cluster.commands.output import Output
 from cluster.commands.reporting import ExitCode, reporting
+from cluster.commands.targets import Tls, grpc_target, http_target
 from cluster.config import ConfigError
-from cluster.runstate import RunState, find_state
 from placement.workload import Objective
 
 if TYPE_CHECKING:
     from cluster.client import GenerateOptions
-    from cluster.commands.status import HttpTarget
-    from cluster.commands.talk import GrpcTarget
 
 app = typer.Typer(
     name="motley",
@@ -49,6 +49,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+app.add_typer(keys_app, name="keys")
 
 
 @app.command()
@@ -97,6 +100,8 @@ def status(
     url: UrlOption = None,
     token: TokenOption = None,
     tls_cert: TlsOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Show stages, lanes and links of a running deployment."""
@@ -104,7 +109,9 @@ def status(
     with reporting(output):
         from cluster.commands.status import show_status
 
-        show_status(_http_target(name, url, token, tls_cert), output)
+        show_status(
+            http_target(name, url, token, Tls(tls_cert, tls_client_cert, tls_client_key)), output
+        )
 
 
 @app.command()
@@ -252,6 +259,8 @@ def publish(
     url: UrlOption = None,
     token: TokenOption = None,
     tls_cert: TlsOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Swap an adapter into a running deployment between two steps; no request fails."""
@@ -261,7 +270,7 @@ def publish(
 
         if (adapter is None) is not remove:
             raise ConfigError("name an adapter's folder, or --remove; one of the two")
-        target = _http_target(name, url, token, tls_cert)
+        target = http_target(name, url, token, Tls(tls_cert, tls_client_cert, tls_client_key))
         if adapter is None:
             command.remove(target, output, timeout_s=timeout_s)
         else:
@@ -280,6 +289,8 @@ def generate(
     target: TargetOption = None,
     token: TokenOption = None,
     tls_cert: TlsOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Continue a prompt, streaming to stdout as it is generated."""
@@ -287,7 +298,7 @@ def generate(
     with reporting(output):
         from cluster.commands import talk
 
-        address = _grpc_target(name, target, token, tls_cert)
+        address = grpc_target(name, target, token, Tls(tls_cert, tls_client_cert, tls_client_key))
         sampling = _options(max_tokens, temperature, top_p, seed, stop)
         talk.generate(address, prompt, sampling, output)
 
@@ -304,6 +315,8 @@ def chat(
     target: TargetOption = None,
     token: TokenOption = None,
     tls_cert: TlsOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Talk with the model; /exit or Ctrl-D leaves."""
@@ -311,7 +324,7 @@ def chat(
     with reporting(output):
         from cluster.commands import talk
 
-        address = _grpc_target(name, target, token, tls_cert)
+        address = grpc_target(name, target, token, Tls(tls_cert, tls_client_cert, tls_client_key))
         sampling = _options(max_tokens, temperature, top_p, seed, stop)
         talk.chat(address, system, sampling, output, lambda: output.errors.input("> "))
 
@@ -327,48 +340,6 @@ def doctor(
         from cluster.doctor import examine
 
         examine(chosen_config(config, model)[0], output)
-
-
-def _ready_state(name: str | None) -> RunState:
-    state = find_state(name)
-    if not state.is_ready:
-        raise NotReadyError(f"{state.name} (process {state.pid}) is still starting; try again")
-    return state
-
-
-def _http_target(
-    name: str | None, url: str | None, token: str | None, tls_cert: Path | None
-) -> HttpTarget:
-    """Return what the flags and the environment say, and the run-state file for the rest."""
-    from cluster.commands.status import HttpTarget
-
-    url, token, tls_cert = _found(name, url, token, tls_cert, lambda state: state.http_url)
-    return HttpTarget(url=url, token=token, tls_cert_file=tls_cert)
-
-
-def _grpc_target(
-    name: str | None, target: str | None, token: str | None, tls_cert: Path | None
-) -> GrpcTarget:
-    """Return what the flags and the environment say, and the run-state file for the rest."""
-    from cluster.commands.talk import GrpcTarget
-
-    target, token, tls_cert = _found(name, target, token, tls_cert, lambda s: s.grpc_target)
-    return GrpcTarget(target=target, token=token, tls_ca_file=tls_cert)
-
-
-def _found(
-    name: str | None,
-    address: str | None,
-    token: str | None,
-    tls_cert: Path | None,
-    address_of: Callable[[RunState], str],
-) -> tuple[str, str, Path | None]:
-    """Return (address, token, certificate); the run-state file says what is not given."""
-    if address is None:
-        state = _ready_state(name)
-        address, token = address_of(state), token or state.token
-        tls_cert = tls_cert or _path(state.tls_cert_file)
-    return address, token or "", tls_cert
 
 
 def _options(
@@ -390,7 +361,3 @@ def _options(
     if stop:
         options["stop"] = stop
     return options
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)

@@ -11,9 +11,10 @@ leaving it, cancels the request there. What a call raises:
     MotleyError                any failure; the message is the server's
       InvalidRequest           INVALID_ARGUMENT; `param` names the field to change
       Unauthenticated          UNAUTHENTICATED
+      Forbidden                PERMISSION_DENIED: the key lacks a scope, which the message names
       NotFound                 NOT_FOUND: no such model, or no such request in flight
       Unreachable              UNAVAILABLE; `retry_after_s` when the server itself said so
-        Overloaded             RESOURCE_EXHAUSTED: every queue is full
+        Overloaded             RESOURCE_EXHAUSTED: every queue is full, or the key's rate used up
       DeadlineExceeded         DEADLINE_EXCEEDED: `timeout_s` passed
       ServerFailed             INTERNAL and whatever else
 
@@ -36,6 +37,7 @@ from cluster.client_values import (
     Chunk,
     Completion,
     DeadlineExceeded,
+    Forbidden,
     GenerateOptions,
     InvalidRequest,
     Message,
@@ -67,6 +69,7 @@ __all__ = [
     "Chunk",
     "Completion",
     "DeadlineExceeded",
+    "Forbidden",
     "GenerateOptions",
     "InvalidRequest",
     "Message",
@@ -93,9 +96,20 @@ _OPTIONS = (("grpc.max_receive_message_length", -1),)
 class MotleyClient:
     """Blocking calls. Safe to share between threads."""
 
-    def __init__(self, target: str, token: str, *, tls_ca_file: Path | str | None = None) -> None:
-        """`target` is host:port of the gRPC listener; with `tls_ca_file` the channel is TLS."""
-        credentials = _credentials(tls_ca_file)
+    def __init__(
+        self,
+        target: str,
+        token: str,
+        *,
+        tls_ca_file: Path | str | None = None,
+        tls_client_cert_file: Path | str | None = None,
+        tls_client_key_file: Path | str | None = None,
+    ) -> None:
+        """`target` is host:port of the gRPC listener; with `tls_ca_file` the channel is TLS.
+
+        The client's own certificate and key are for a gateway with `tls_client_ca_file`.
+        """
+        credentials = _credentials(tls_ca_file, tls_client_cert_file, tls_client_key_file)
         self._channel = (
             grpc.insecure_channel(target, options=_OPTIONS)
             if credentials is None
@@ -193,9 +207,20 @@ class MotleyClient:
 class AsyncMotleyClient:
     """The same calls for asyncio. Make it inside the event loop that uses it."""
 
-    def __init__(self, target: str, token: str, *, tls_ca_file: Path | str | None = None) -> None:
-        """`target` is host:port of the gRPC listener; with `tls_ca_file` the channel is TLS."""
-        credentials = _credentials(tls_ca_file)
+    def __init__(
+        self,
+        target: str,
+        token: str,
+        *,
+        tls_ca_file: Path | str | None = None,
+        tls_client_cert_file: Path | str | None = None,
+        tls_client_key_file: Path | str | None = None,
+    ) -> None:
+        """`target` is host:port of the gRPC listener; with `tls_ca_file` the channel is TLS.
+
+        The client's own certificate and key are for a gateway with `tls_client_ca_file`.
+        """
+        credentials = _credentials(tls_ca_file, tls_client_cert_file, tls_client_key_file)
         self._channel = (
             grpc.aio.insecure_channel(target, options=_OPTIONS)
             if credentials is None
@@ -312,10 +337,20 @@ async def _async_mapped_errors() -> AsyncGenerator[None, None]:
         raise error_of(error) from None
 
 
-def _credentials(tls_ca_file: Path | str | None) -> Any:
+def _credentials(
+    tls_ca_file: Path | str | None, cert_file: Path | str | None, key_file: Path | str | None
+) -> Any:
+    if (cert_file is None) != (key_file is None):
+        raise ValueError("a client's certificate and its key come together; one is missing")
     if tls_ca_file is None:
+        if cert_file is not None:
+            raise ValueError("a client's certificate needs tls_ca_file: without it there is no TLS")
         return None
-    return grpc.ssl_channel_credentials(Path(tls_ca_file).read_bytes())
+    if cert_file is None or key_file is None:
+        return grpc.ssl_channel_credentials(Path(tls_ca_file).read_bytes())
+    return grpc.ssl_channel_credentials(
+        Path(tls_ca_file).read_bytes(), Path(key_file).read_bytes(), Path(cert_file).read_bytes()
+    )
 
 
 def _metadata(token: str) -> tuple[tuple[str, str], ...]:

@@ -178,6 +178,10 @@ class Unauthenticated(MotleyError):
     """The token is missing or wrong."""
 
 
+class Forbidden(MotleyError):
+    """The key lacks the scope for this; the message names it."""
+
+
 class NotFound(MotleyError):
     """No such model, or no such request in flight."""
 
@@ -203,6 +207,7 @@ class ServerFailed(MotleyError):
 _ERRORS: Mapping[grpc.StatusCode, type[MotleyError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
     grpc.StatusCode.UNAUTHENTICATED: Unauthenticated,
+    grpc.StatusCode.PERMISSION_DENIED: Forbidden,
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.UNAVAILABLE: Unreachable,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,

@@ -32,6 +32,7 @@ from cluster.backend import (
     StageStatus,
     Unavailable,
 )
+from cluster.heard import take_message
 from cluster.publishing import AdapterHost, Publisher
 from placement.stages import StagePlacement, StagesPlan
 
@@ -388,8 +389,8 @@ class Dispatcher:
             if parts is None:
                 continue
             try:
-                kind, value = bytes(parts[0]), msgpack.unpackb(parts[1])
-            except (ValueError, IndexError) as error:
+                kind, value = take_message(parts)
+            except ValueError as error:
                 _log.warning("gateway dropped a malformed message: %s", error)
                 continue
             try:
@@ -399,10 +400,10 @@ class Dispatcher:
 
     def _handle(self, kind: bytes, value: Any) -> None:
         if kind == wire.OUTPUTS:
-            for entry in value[1]:
-                stream = self._by_lane_id.get(entry[0])
+            for output in value:
+                stream = self._by_lane_id.get(output.id)
                 if stream is not None:
-                    stream.outputs.put_nowait(RequestOutput.from_wire(entry))
+                    stream.outputs.put_nowait(output)
         elif kind == wire.REPORT:
             if "stage" in value:
                 self._stage_reports[value["stage"]] = value

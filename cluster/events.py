@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from placement.stages import StagesPlan
@@ -36,7 +36,7 @@ class Ready:
 
     http_url: str
     grpc_target: str
-    token: str
+    token: str = field(repr=False)
     seconds: float
     """From the start of the launch."""
 

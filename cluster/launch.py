@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
 from cluster.gateway.auth import new_token, read_token
-from cluster.gateway.server import serve
+from cluster.gateway.server import open_audit, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
@@ -60,7 +60,7 @@ class Deployment:
     tokenizer: Tokenizer
     http_url: str
     grpc_target: str
-    token: str
+    token: str = field(repr=False)
 
 
 def run(config: MotleyConfig, on_event: OnEvent) -> None:
@@ -120,7 +120,9 @@ async def deployment(
         tokenizer = await loading
         # Left after the gateway, whose last requests the fleet still answers.
         fleets = await stack.enter_async_context(AsyncExitStack())
-        gateway = await serve(dispatcher, tokenizer, config.gateway, token)
+        audit = open_audit(config.gateway, config.served_name)
+        stack.callback(audit.close)
+        gateway = await serve(dispatcher, tokenizer, config.gateway, token, audit=audit)
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
             devices={device.id: device for device in topology.devices},

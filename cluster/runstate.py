@@ -11,7 +11,7 @@ import json
 import os
 import re
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 _UP_COMMAND = re.compile(r"(-m cluster|motley|cluster/__main__\.py)\s(.*\s)?up\b")
@@ -37,8 +37,10 @@ class RunState:
     http_url: str = ""
     """Empty until the gateway listens; so are the next two."""
     grpc_target: str = ""
-    token: str = ""
+    token: str = field(default="", repr=False)
     tls_cert_file: str | None = None
+    api_keys_file: str | None = None
+    audit_file: str | None = None
 
     @property
     def is_ready(self) -> bool:

@@ -29,7 +29,10 @@ _NUMPY_DTYPES: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _BFLOAT16_EXPONENT = 0x7F80
 _MOST_HEADER_BYTES = 100_000_000
 """The format's own limit."""
+_MOST_SENT_HEADER_BYTES = 16 * 2**20
+"""Of an adapter that was sent: its tensors' names and places, which as values take far more."""
 _LENGTH_BYTES = 8
+_MOST_ALPHA = 1e30
 _CONFIG_KEY = "adapter_config"
 _NAME_KEY = "adapter_name"
 _MOST_NAME_CHARACTERS = 128
@@ -121,11 +124,11 @@ class Adapter:
             AdapterError: Damaged, or of a kind that is not supported.
         """
         source = "the adapter"
-        header = _Header.parse(message, source)
+        header = _Header.parse(message, source, most_bytes=_MOST_SENT_HEADER_BYTES)
         try:
             config = json.loads(header.metadata[_CONFIG_KEY])
             name = header.metadata[_NAME_KEY]
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, RecursionError):
             raise AdapterError(
                 f"{source}: its metadata has no {_NAME_KEY} and {_CONFIG_KEY}; send it with "
                 "`motley publish`"
@@ -229,7 +232,7 @@ def _check_options(config: Mapping[str, Any], source: str) -> None:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise AdapterError(f"{source}: r ({rank!r}) must be a whole number above 0")
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if not isinstance(alpha, int | float) or not abs(alpha) <= _MOST_ALPHA:
         raise AdapterError(f"{source}: lora_alpha ({alpha!r}) must be a number")
     targets = config.get("target_modules")
     is_list = isinstance(targets, list) and all(isinstance(target, str) for target in targets)
@@ -262,10 +265,12 @@ class _Header(NamedTuple):
     num_data_bytes: int
 
     @classmethod
-    def parse(cls, file: bytes | memoryview, source: str) -> _Header:
+    def parse(
+        cls, file: bytes | memoryview, source: str, *, most_bytes: int = _MOST_HEADER_BYTES
+    ) -> _Header:
         length = int.from_bytes(file[:_LENGTH_BYTES], "little")
         end = _LENGTH_BYTES + length
-        if len(file) < _LENGTH_BYTES or length > min(_MOST_HEADER_BYTES, len(file)):
+        if len(file) < _LENGTH_BYTES or length > min(most_bytes, len(file)):
             raise AdapterError(
                 f"{source}: {len(file)} bytes are no safetensors file; it is truncated or damaged"
             )
@@ -293,6 +298,12 @@ def _pairs(header: _Header, source: str) -> dict[str, Pair]:
         found.setdefault(match.group(1), {})[match.group(2)] = matrix
     if not found:
         raise AdapterError(f"{source}: holds no tensors")
+    num_bytes = sum(each.end - each.start for sides in found.values() for each in sides.values())
+    if num_bytes > header.num_data_bytes:
+        raise AdapterError(
+            f"{source}: its tensors take {num_bytes} bytes of the data, which has "
+            f"{header.num_data_bytes}; none may share bytes with another"
+        )
     pairs = {}
     for module, sides in found.items():
         if len(sides) < 2:
@@ -304,7 +315,10 @@ def _pairs(header: _Header, source: str) -> dict[str, Pair]:
 def _matrix(entry: Any, source: str, num_data_bytes: int) -> Matrix:
     try:
         dtype, shape, (start, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        num_bytes = math.prod(shape) * _DTYPE_BYTES[dtype]
+        # Before anything is multiplied: numbers, and none that the data could not hold.
+        if not all(type(number) is int for number in (*shape[:3], start, end)):
+            raise TypeError(f"{source} has a shape or place that is no whole number")
+        num_bytes = math.prod(shape[:3]) * _DTYPE_BYTES[dtype]
         is_sound = start >= 0 and end - start == num_bytes and min(shape, default=0) > 0
     except (KeyError, TypeError, ValueError):
         raise AdapterError(
@@ -316,7 +330,9 @@ def _matrix(entry: Any, source: str, num_data_bytes: int) -> Matrix:
             "truncated, copy it again"
         )
     if not is_sound or len(shape) != 2 or min(shape) < 1:
-        raise AdapterError(f"{source}: shape {shape} does not describe {end - start} bytes of it")
+        raise AdapterError(
+            f"{source}: shape {shape[:3]} does not describe {end - start} bytes of it"
+        )
     return Matrix(dtype, shape, start, end)
 
 

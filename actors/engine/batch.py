@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import msgpack
 
-from actors.engine.requests import TokenLogprob
+from actors.engine.packed import are_whole, is_finite, is_whole, unpack
+from actors.engine.requests import MAX_LOGPROBS, MAX_SEED, TokenLogprob
 
 
 class Draw(NamedTuple):
@@ -101,33 +102,66 @@ class StepBatch:
     def decode(cls, data: bytes | memoryview) -> StepBatch:
         """Decode a step; raises ValueError when it is malformed."""
         try:
-            fields = msgpack.unpackb(data)
-            (
-                lane,
-                step,
-                epoch,
-                tokens,
-                rows,
-                copies,
-                drawn,
-                draws,
-                scored,
-                targets,
-                version,
-                life,
-            ) = fields
+            *head, rows, copies, drawn, draws, scored, targets, version, life = unpack(data)
+            lane, step, epoch, tokens = head
             batch = cls(
                 lane, step, epoch, tokens,
                 [Rows(*entry) for entry in rows], [(s, d) for s, d in copies],
                 drawn, [Draw(*entry) for entry in draws], [(i, k) for i, k in scored], targets,
                 version, life,
             )  # fmt: skip
-            is_whole = sum(entry.length for entry in batch.rows) == len(tokens)
-        except (TypeError, ValueError, msgpack.exceptions.UnpackException) as error:
+            wrong = _what_is_wrong(batch)
+        except (TypeError, ValueError) as error:
             raise ValueError(f"malformed step message of {len(data)} bytes: {error}") from error
-        if not is_whole:
+        if wrong:
+            raise ValueError(f"malformed step message of {len(data)} bytes: {wrong}")
+        if sum(entry.length for entry in batch.rows) != len(tokens):
             raise ValueError(f"step {step}: rows do not add up to its {len(tokens)} tokens")
         return batch
+
+
+def _what_is_wrong(batch: StepBatch) -> str:
+    """Name the first field of a decoded step whose type or range is wrong; "" when none is."""
+    counts = (batch.step, batch.epoch, batch.adapter_version, batch.life)
+    checks = {
+        "lane": is_whole(batch.lane),
+        "step, epoch, adapter or life": all(is_whole(value, high=2**63 - 1) for value in counts),
+        "tokens": are_whole(batch.tokens),
+        "rows": all(
+            is_whole(start) and is_whole(length, low=1) and are_whole(blocks)
+            for start, length, blocks in batch.rows
+        ),
+        "copies": all(are_whole(pair) for pair in batch.copies),
+        "drawn": are_whole(batch.drawn, high=len(batch.rows) - 1)
+        and len(batch.drawn) == len(batch.draws),
+        "draws": all(_is_draw(draw) for draw in batch.draws),
+        "prompt_logprobs": all(
+            is_whole(i, high=len(batch.rows) - 1) and is_whole(k, high=MAX_LOGPROBS)
+            for i, k in batch.prompt_logprobs
+        ),
+    }
+    for name, is_right in checks.items():
+        if not is_right:
+            return f"{name} out of place"
+    # Needs the rows and scores to be what they should.
+    is_scored = len(batch.targets) == len(batch.prompt_logprobs) and all(
+        are_whole(targets) and len(targets) <= batch.rows[i].length
+        for (i, _), targets in zip(batch.prompt_logprobs, batch.targets, strict=True)
+    )
+    return "" if is_scored else "targets out of place"
+
+
+def _is_draw(draw: Draw) -> bool:
+    return (
+        is_whole(draw.seed, high=MAX_SEED)
+        and is_whole(draw.position)
+        and all(is_finite(value) for value in draw[2:3] + draw[4:9])
+        and is_whole(draw.top_k)
+        and is_whole(draw.logprobs, low=-1, high=MAX_LOGPROBS)
+        and are_whole(draw.banned)
+        and are_whole(draw.history)
+        and is_whole(draw.num_prompt)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,9 +181,25 @@ class StepResult:
             [[entry.to_wire() for entry in entries] for entries in self.prompt_logprobs],
         ]
 
+    def check_answers(self, batch: StepBatch) -> None:
+        """Raise ValueError unless this is an answer to that step, as far as its form tells."""
+        asked = [len(targets) for targets in batch.targets]
+        given = [len(entries) for entries in self.prompt_logprobs]
+        num_draws = len(batch.drawn)
+        if len(self.tokens) != num_draws or len(self.logprobs) not in (0, num_draws):
+            raise ValueError(
+                f"step {batch.step} draws {num_draws} tokens; the answer has {len(self.tokens)} "
+                f"with {len(self.logprobs)} log-probabilities"
+            )
+        if asked != given:
+            raise ValueError(f"step {batch.step} scores {asked} tokens; the answer has {given}")
+
     @classmethod
     def from_wire(cls, value: list[Any]) -> StepResult:
+        """Take a result from its wire form; raises ValueError or TypeError for a malformed one."""
         tokens, logprobs, prompts = value
+        if not are_whole(tokens):
+            raise ValueError("the tokens of a result are not token ids")
         return cls(
             tokens,
             [None if entry is None else TokenLogprob.from_wire(entry) for entry in logprobs],

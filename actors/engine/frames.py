@@ -11,10 +11,13 @@ import warnings
 import msgpack
 import torch
 
+from actors.engine.packed import unpack
+
 VERSION = 1
 MAX_DIMENSIONS = 4
 _MAX_NUMEL = 2**48
 """Of the sizes above 0, multiplied: more cannot be sent, and would overflow an empty tensor."""
+_MOST_DESCRIPTION_BYTES = 64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORDS = {dtype: word for word, dtype in _DTYPES.items()}
 
@@ -42,8 +45,9 @@ def decode_tensor(description: bytes | memoryview, data: memoryview) -> torch.Te
         FrameError: Unknown version or type, a bad shape, or bytes that do not fill it.
     """
     try:
-        version, word, shape = msgpack.unpackb(description)
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException) as error:
+        # Bounded, so that what it says can be repeated in an error.
+        version, word, shape = unpack(description, max_bytes=_MOST_DESCRIPTION_BYTES)
+    except (ValueError, TypeError) as error:
         raise FrameError(f"malformed tensor description: {error}") from error
     if version != VERSION:
         raise FrameError(f"frame version {version!r}; this side speaks {VERSION}")

@@ -158,12 +158,15 @@ class LaneCore:
     ) -> None:
         """Apply the result of the step in flight; a result of any other step is ignored.
 
+        Raises ValueError, with nothing changed, for one that does not answer the step.
+
         The tokens wait for `render`, so that the next step can leave before text is made: a stop
         string then costs one row too many, and the pipeline does not wait for the tokenizer.
         """
         step = self._in_flight
         if step is None or step.batch.step != step_id:
             return
+        result.check_answers(step.batch)
         self._in_flight = None
         self._steps += 1
         self._step_s += now_s - self._sent_s

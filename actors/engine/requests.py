@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from actors.engine.packed import are_whole
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_LOGPROBS = 20
 MAX_STOPS = 16
+MAX_STOP_CHARACTERS = 1000
+"""Of one stop string: with each token the text is searched for all its beginnings."""
 MAX_STOP_TOKEN_IDS = 64
 MAX_CHOICES = 32
 MAX_SEED = 2**63 - 1
+
+
+_FINISH_REASONS = get_args(FinishReason)
 
 
 class RequestError(ValueError):
@@ -83,8 +90,12 @@ class SamplingParams:
                 f"{len(self.stop_token_ids)} stop token ids; at most {MAX_STOP_TOKEN_IDS}",
                 "stop_token_ids",
             )
-        if any(not s for s in self.stop):
-            raise RequestError("a stop string is empty; leave it out instead", "stop")
+        for text in self.stop:
+            _check_stop(text)
+        for token_id in self.stop_token_ids:
+            _check_int("stop_token_ids", token_id, 0, 2**31 - 1)
+        if type(self.ignore_eos) is not bool:
+            raise RequestError(f"ignore_eos ({self.ignore_eos!r}) must be true or false")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             if value is not None:
@@ -153,9 +164,17 @@ class Request:
 
     @classmethod
     def from_wire(cls, value: dict[str, Any]) -> Request:
+        """Take a request from its wire form.
+
+        Raises ValueError, TypeError, AttributeError or LookupError for a malformed one.
+        """
+        prompt = value["prompt"]
+        if type(value["id"]) is not str or not are_whole(prompt):
+            # In a step such tokens would fail the requests beside it too.
+            raise ValueError("a request's id is no text, or its prompt holds more than token ids")
         return cls(
             id=value["id"],
-            prompt=tuple(value["prompt"]),
+            prompt=tuple(prompt),
             sampling=SamplingParams.from_wire(value["sampling"]),
             n=value["n"],
             deadline_s=value["deadline_s"],
@@ -178,7 +197,14 @@ class TokenLogprob:
 
     @classmethod
     def from_wire(cls, value: list[Any]) -> TokenLogprob:
-        return cls(value[0], value[1], tuple((pair[0], pair[1]) for pair in value[2]))
+        token_id, logprob, top = value
+        pairs = tuple((other, number) for other, number in top)
+        numbers = [number for _, number in pairs] + ([] if logprob is None else [logprob])
+        if not are_whole([token_id, *(other for other, _ in pairs)]) or any(
+            type(number) is not float for number in numbers
+        ):
+            raise ValueError("a log-probability is no number, or its token no token id")
+        return cls(token_id, logprob, pairs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +250,14 @@ class RequestOutput:
     @classmethod
     def from_wire(cls, value: list[Any]) -> RequestOutput:
         request_id, index, tokens, text, logprobs, prompt, finish, stop, error, cached = value
+        if not (
+            type(request_id) is type(text) is type(error) is str
+            and are_whole([index, cached])
+            and are_whole(tokens)
+            and (finish is None or finish in _FINISH_REASONS)
+            and (stop is None or type(stop) in (str, int))
+        ):
+            raise ValueError(f"malformed output of {len(value)} fields")
         return cls(
             id=request_id,
             index=index,
@@ -237,6 +271,17 @@ class RequestOutput:
             stop_reason=stop,
             error=error,
             cached_tokens=cached,
+        )
+
+
+def _check_stop(text: object) -> None:
+    if not isinstance(text, str):
+        raise RequestError(f"stop ({text!r}) must be a list of strings", "stop")
+    if not text:
+        raise RequestError("a stop string is empty; leave it out instead", "stop")
+    if len(text) > MAX_STOP_CHARACTERS:
+        raise RequestError(
+            f"a stop string has {len(text)} characters; at most {MAX_STOP_CHARACTERS}", "stop"
         )
 
 

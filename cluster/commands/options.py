@@ -33,6 +33,17 @@ TlsOption = Annotated[
     Path | None,
     typer.Option(envvar="MOTLEY_TLS_CERT", help="PEM certificates to trust."),
 ]
+TlsClientCertOption = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="MOTLEY_TLS_CLIENT_CERT",
+        help="PEM certificate to show to a gateway that asks clients for one.",
+    ),
+]
+TlsClientKeyOption = Annotated[
+    Path | None,
+    typer.Option(envvar="MOTLEY_TLS_CLIENT_KEY", help="PEM key of that certificate."),
+]
 
 MaxTokensOption = Annotated[
     int | None, typer.Option(min=1, help="Most tokens to generate; in a chat, all that fit.")

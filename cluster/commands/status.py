@@ -7,7 +7,7 @@ import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -26,8 +26,10 @@ class HttpTarget:
     """Where a gateway listens for HTTP and how to be let in."""
 
     url: str
-    token: str
+    token: str = field(repr=False)
     tls_cert_file: Path | None = None
+    tls_client_cert_file: Path | None = None
+    tls_client_key_file: Path | None = None
 
 
 def show_status(target: HttpTarget, output: Output) -> None:
@@ -65,8 +67,9 @@ def fetch_json(
 
     Raises:
         NotRunningError: Nothing answers there.
-        UnauthorizedError: The token is wrong.
-        NotReadyError: It answers 503, or 409 because it is busy with another such request.
+        UnauthorizedError: The token or key is wrong, or lacks the scope.
+        NotReadyError: It answers 503, 429 because the key's rate is used up, or 409 because it is
+            busy with another such request.
         RefusedError: It answers 400 or 413.
     """
     headers = {"Authorization": f"Bearer {target.token}"}
@@ -94,8 +97,10 @@ def fetch_json(
 
 def _opener(target: HttpTarget) -> urllib.request.OpenerDirector:
     handlers: list[urllib.request.BaseHandler] = []
-    if target.tls_cert_file is not None:
+    if target.tls_cert_file is not None or target.tls_client_cert_file is not None:
         context = ssl.create_default_context(cafile=target.tls_cert_file)
+        if target.tls_client_cert_file is not None:
+            context.load_cert_chain(target.tls_client_cert_file, target.tls_client_key_file)
         handlers.append(urllib.request.HTTPSHandler(context=context))
     if is_loopback(urlsplit(target.url).hostname or ""):
         # A proxy from the environment cannot reach this machine's loopback.
@@ -105,11 +110,13 @@ def _opener(target: HttpTarget) -> urllib.request.OpenerDirector:
 
 def _refused(target: HttpTarget, path: str, error: urllib.error.HTTPError) -> RuntimeError:
     body = _message(error.read(20_000).decode(errors="replace"))
-    if error.code in (401, 403):
+    if error.code == 401:
         return UnauthorizedError(
-            f"{target.url} refused the token ({error.code}); set --token or MOTLEY_TOKEN"
+            f"{target.url} refused the token (401); set --token or MOTLEY_TOKEN"
         )
-    if error.code in (409, 503):
+    if error.code == 403:
+        return UnauthorizedError(f"{target.url} refused (403): {body}")
+    if error.code in (409, 429, 503):
         return NotReadyError(f"{target.url} cannot answer now ({error.code}): {body}")
     if error.code in (400, 413):
         return RefusedError(f"{target.url} refused ({error.code}): {body}")

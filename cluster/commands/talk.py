@@ -14,6 +14,7 @@ from rich.text import Text
 
 from cluster.client import (
     Chunk,
+    Forbidden,
     GenerateOptions,
     InvalidRequest,
     Message,
@@ -36,8 +37,10 @@ class GrpcTarget:
     """Where a gateway listens for gRPC and how to be let in."""
 
     target: str
-    token: str
+    token: str = field(repr=False)
     tls_ca_file: Path | None = None
+    tls_client_cert_file: Path | None = None
+    tls_client_key_file: Path | None = None
 
 
 @dataclass(slots=True)
@@ -165,7 +168,13 @@ def _stream(
 def _client(target: GrpcTarget) -> Iterator[MotleyClient]:
     """Open a client and give its errors the meaning that exit codes have."""
     try:
-        with MotleyClient(target.target, target.token, tls_ca_file=target.tls_ca_file) as client:
+        with MotleyClient(
+            target.target,
+            target.token,
+            tls_ca_file=target.tls_ca_file,
+            tls_client_cert_file=target.tls_client_cert_file,
+            tls_client_key_file=target.tls_client_key_file,
+        ) as client:
             yield client
     except MotleyError as error:
         raise _explain(target, error) from None
@@ -177,6 +186,8 @@ def _explain(target: GrpcTarget, error: MotleyError) -> RuntimeError:
             return UnauthorizedError(
                 f"{target.target} refused the token ({error}); set --token or MOTLEY_TOKEN"
             )
+        case Forbidden():
+            return UnauthorizedError(f"{target.target} refused: {error}")
         case Overloaded():
             return NotReadyError(f"{target.target} is overloaded: {error}")
         case Unreachable(retry_after_s=float()):

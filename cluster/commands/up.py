@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import assert_never
 
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 from rich.text import Text
 
+from cluster.audit import default_audit_file
 from cluster.commands.output import Output
 from cluster.commands.tables import plan_summary, plan_table
 from cluster.config import MotleyConfig
@@ -41,13 +43,15 @@ def bring_up(config: MotleyConfig, config_path: str, output: Output, launcher: L
                 f"{name} already runs as process {other.pid}; stop it with `motley down --name "
                 f"{name}`, or start another with --name"
             )
-    certificate = config.gateway.tls_cert_file
+    gateway = config.gateway
     state = RunState(
         name=name,
         pid=os.getpid(),
         started_unix_s=int(datetime.now(UTC).timestamp()),
         config_path=config_path,
-        tls_cert_file=None if certificate is None else str(certificate.resolve()),
+        tls_cert_file=_absolute(gateway.tls_cert_file),
+        api_keys_file=_absolute(gateway.api_keys_file),
+        audit_file=_absolute(gateway.audit_file or default_audit_file()),
     )
     write_state(state)
     narrator = _Narrator(output, state)
@@ -56,6 +60,10 @@ def bring_up(config: MotleyConfig, config_path: str, output: Output, launcher: L
     finally:
         narrator.close()
         remove_state(state)
+
+
+def _absolute(path: Path | None) -> str | None:
+    return None if path is None else str(path.resolve())
 
 
 class _Narrator:

@@ -43,10 +43,15 @@ class BearerAuth:
 
     def accepts(self, authorization: str | bytes | None) -> bool:
         """Whether the value is `Bearer <token>`; takes the same time for every wrong token."""
-        if authorization is None:
-            return False
-        if isinstance(authorization, str):
-            authorization = authorization.encode("utf-8", "surrogateescape")
-        scheme, _, credential = authorization.partition(b" ")
-        is_equal = hmac.compare_digest(credential.strip(), self._token)
-        return scheme.lower() == b"bearer" and is_equal
+        credential = credential_of(authorization)
+        return credential is not None and hmac.compare_digest(credential, self._token)
+
+
+def credential_of(authorization: str | bytes | None) -> bytes | None:
+    """Return what follows `Bearer`; None for anything else."""
+    if authorization is None:
+        return None
+    if isinstance(authorization, str):
+        authorization = authorization.encode("utf-8", "surrogateescape")
+    scheme, _, credential = authorization.partition(b" ")
+    return credential.strip() if scheme.lower() == b"bearer" else None

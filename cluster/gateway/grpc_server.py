@@ -18,14 +18,20 @@ from grpc_reflection.v1alpha import reflection
 
 from actors.engine.requests import Request, RequestError, RequestOutput
 from cluster.gateway import grpc_codec as codec
-from cluster.gateway.auth import BearerAuth
-from cluster.gateway.grpc_guard import AuthInterceptor, ErrorInterceptor
+from cluster.gateway.access import Access
+from cluster.gateway.grpc_guard import GuardInterceptor
 from cluster.gateway.service import DEFAULT_COMPLETION_TOKENS, GatewayService
+from cluster.gateway.settings import GatewaySettings
 from protos import motley_pb2 as pb
 from protos import motley_pb2_grpc
 
 SERVICE_NAME = "motley.v1.Motley"
 _WATCH_INTERVAL_S = 0.5
+_MOST_CALLS_OF_A_CONNECTION = 256
+_MOST_METADATA_BYTES = 16 * 1024
+_PING_EVERY_S = 60
+_PONG_WITHIN_S = 20
+_IDLE_S = 600
 
 
 class MotleyServicer(motley_pb2_grpc.MotleyServicer):
@@ -126,18 +132,30 @@ class HealthServicer(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # s
 
 def make_grpc_server(
     service: GatewayService,
-    auth: BearerAuth,
+    access: Access,
+    settings: GatewaySettings,
     *,
-    max_request_bytes: int,
     watch_interval_s: float = _WATCH_INTERVAL_S,
 ) -> Any:
     """Return the grpc.aio server with all services added; it has no port yet."""
+    guard = GuardInterceptor(
+        access, max_calls=settings.max_connections, message_timeout_s=settings.body_timeout_s
+    )
     server = grpc.aio.server(
-        interceptors=[AuthInterceptor(auth), ErrorInterceptor()],
+        interceptors=[guard],
         options=[
-            ("grpc.max_receive_message_length", max_request_bytes),
+            ("grpc.max_receive_message_length", settings.max_request_bytes),
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # two gateways on one port is a mistake, not a feature
+            ("grpc.max_concurrent_streams", _MOST_CALLS_OF_A_CONNECTION),
+            ("grpc.max_metadata_size", _MOST_METADATA_BYTES),
+            ("grpc.absolute_max_metadata_size", _MOST_METADATA_BYTES),
+            ("grpc.server_handshake_timeout_ms", round(settings.body_timeout_s * 1000)),
+            # A client that vanished without a word is noticed, and a connection without a call
+            # is not kept for ever; clients connect again by themselves.
+            ("grpc.keepalive_time_ms", _PING_EVERY_S * 1000),
+            ("grpc.keepalive_timeout_ms", _PONG_WITHIN_S * 1000),
+            ("grpc.max_connection_idle_ms", _IDLE_S * 1000),
         ],
     )
     motley_pb2_grpc.add_MotleyServicer_to_server(MotleyServicer(service), server)

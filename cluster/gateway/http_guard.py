@@ -1,4 +1,4 @@
-"""What stands around every HTTP route: the token, the body limit, errors and disconnects.
+"""What stands around every HTTP route: who calls, the body limits, errors and disconnects.
 
 Every error body has OpenAI's shape, `{"error": {"message", "type", "param", "code"}}`. The table
 of exceptions is `describe`.
@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Coroutine
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -23,7 +24,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from actors.engine.adapter import AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import Overloaded, PublishFailed, PublishInProgress, Unavailable
-from cluster.gateway.auth import BearerAuth
+from cluster.gateway.access import (
+    PUBLIC_PATHS,
+    Access,
+    Forbidden,
+    Need,
+    RateLimited,
+    Unauthenticated,
+    anonymous,
+    current_caller,
+)
 from cluster.gateway.service import ContextLengthExceeded, GenerationFailed, NotFound
 
 logger = logging.getLogger(__name__)
@@ -42,10 +52,30 @@ class ClientGone(Exception):
 class BodyTooLarge(Exception):
     """A body above the limit."""
 
-    def __init__(self, limit_bytes: int, setting: str) -> None:
-        super().__init__(limit_bytes, setting)
-        self.limit_bytes = limit_bytes
-        self.setting = setting
+    def __init__(self, limit: BodyLimit) -> None:
+        super().__init__(
+            f"the body is larger than {limit.max_bytes} bytes (gateway.{limit.bytes_setting})"
+        )
+
+
+class BodyTooSlow(Exception):
+    """A body that was not complete in time."""
+
+    def __init__(self, num_bytes: int, limit: BodyLimit) -> None:
+        super().__init__(
+            f"{num_bytes} bytes of the body had come after {limit.timeout_s:g} s, and not its end "
+            f"(gateway.{limit.timeout_setting})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BodyLimit:
+    """How large a body may be, how long it may take, and which settings say so."""
+
+    max_bytes: int
+    timeout_s: float
+    bytes_setting: str = "max_request_bytes"
+    timeout_setting: str = "body_timeout_s"
 
 
 class InvalidBody(Exception):
@@ -87,13 +117,8 @@ def describe(error: Exception) -> HttpError:
             return HttpError(status=error.status, message=error.message, param=error.param)
         case NotFound():
             return HttpError(status=404, message=error.message, param="model", code=error.code)
-        case BodyTooLarge():
-            text = f"the body is larger than {error.limit_bytes} bytes (gateway.{error.setting})"
-            return HttpError(status=413, message=text, code="request_too_large")
-        case AdapterError():
-            return HttpError(status=400, message=str(error), code="adapter_refused")
-        case PublishInProgress():
-            return HttpError(status=409, message=str(error), code="publish_in_progress")
+        case Unauthenticated():
+            return _UNAUTHENTICATED
         case Unavailable():
             return _describe_unavailable(error)
         case HTTPException():
@@ -102,16 +127,41 @@ def describe(error: Exception) -> HttpError:
         case GenerationFailed() | PublishFailed():
             return HttpError(status=500, message=str(error), type="server_error")
         case _:
-            return HttpError(status=500, message=_INTERNAL, type="server_error")
+            return _describe_refusal(error)
+
+
+_REFUSALS: dict[type[Exception], tuple[int, str]] = {
+    BodyTooLarge: (413, "request_too_large"),
+    BodyTooSlow: (408, "request_too_slow"),
+    Forbidden: (403, "insufficient_scope"),
+    AdapterError: (400, "adapter_refused"),
+    PublishInProgress: (409, "publish_in_progress"),
+}
+
+
+def _describe_refusal(error: Exception) -> HttpError:
+    for kind, (status, code) in _REFUSALS.items():
+        if isinstance(error, kind):
+            return HttpError(status=status, message=str(error), code=code)
+    return HttpError(status=500, message=_INTERNAL, type="server_error")
+
+
+_UNAUTHENTICATED = HttpError(
+    status=401,
+    message="a valid token is needed: header `Authorization: Bearer <token>`",
+    code="invalid_api_key",
+    headers={"WWW-Authenticate": "Bearer"},
+)
 
 
 def _describe_unavailable(error: Unavailable) -> HttpError:
     overloaded = isinstance(error, Overloaded)
+    code = "overloaded" if overloaded else "unavailable"
     return HttpError(
         status=429 if overloaded else 503,
         message=error.message,
         type="rate_limit_error" if overloaded else "service_unavailable_error",
-        code="overloaded" if overloaded else "unavailable",
+        code="rate_limit_exceeded" if isinstance(error, RateLimited) else code,
         headers={"Retry-After": retry_after(error.retry_after_s)},
     )
 
@@ -126,51 +176,74 @@ def is_expected(error: Exception) -> bool:
     return describe(error).message != _INTERNAL
 
 
-class BearerMiddleware:
-    """Answers 401 to everything but GET /health without the token, unknown routes included."""
+class AccessMiddleware:
+    """Lets nobody in unknown, unknown routes included, but to what is public."""
 
-    def __init__(self, app: ASGIApp, auth: BearerAuth) -> None:
+    def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app = app
-        self._auth = auth
+        self._access = access
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not self._is_allowed(scope):
-            refusal = HttpError(
-                status=401,
-                message="a valid token is needed: header `Authorization: Bearer <token>`",
-                code="invalid_api_key",
-                headers={"WWW-Authenticate": "Bearer"},
-            )
-            await refusal.response()(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        if scope["path"] in PUBLIC_PATHS:
+            with self._access.serving(anonymous(source_of(scope))):
+                await self._app(scope, receive, send)
+            return
+        source = source_of(scope)
+        with ExitStack() as stack:
+            try:
+                values = Headers(scope=scope).getlist("authorization")
+                caller = self._access.caller(values, source)
+                stack.enter_context(self._access.serving(caller))
+            except (Unauthenticated, RateLimited) as error:
+                what = f"{scope['method']} {scope['path']}"
+                await self._access.note_refusal(error, source, what)
+                await describe(error).response()(scope, receive, send)
+                return
+            await self._app(scope, receive, send)
 
-    def _is_allowed(self, scope: Scope) -> bool:
-        if scope["path"] == "/health":
-            return True
-        values = Headers(scope=scope).getlist("authorization")
-        return len(values) == 1 and self._auth.accepts(values[0])
+
+def source_of(scope: Scope) -> str:
+    """Return the address a call comes from."""
+    host, port = scope["client"] or ("unknown", 0)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-async def read_body(request: Request, model: type[Body], *, limit_bytes: int) -> Body:
-    """Read at most `limit_bytes` of body and parse it."""
-    body = await read_bytes(request, limit_bytes=limit_bytes, setting="max_request_bytes")
+class Needs:
+    """A route's dependency: what its caller must be allowed to do."""
+
+    def __init__(self, need: Need) -> None:
+        self.need = need
+
+    async def __call__(self) -> None:
+        current_caller().check(self.need)
+
+
+async def read_body(request: Request, model: type[Body], *, limit: BodyLimit) -> Body:
+    """Read a body within its limits and parse it."""
+    body = await read_bytes(request, limit=limit)
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:
         raise _invalid_body(error) from None
 
 
-async def read_bytes(request: Request, *, limit_bytes: int, setting: str) -> bytearray:
-    """Read a body of at most `limit_bytes`, which `setting` of the gateway says."""
+async def read_bytes(request: Request, *, limit: BodyLimit) -> bytearray:
+    """Read a body within its limits."""
     declared = request.headers.get("content-length")
-    if declared is not None and int(declared) > limit_bytes:
-        raise BodyTooLarge(limit_bytes, setting)
+    if declared is not None and int(declared) > limit.max_bytes:
+        raise BodyTooLarge(limit)
     body = bytearray()
-    async for chunk in request.stream():
-        if len(body) + len(chunk) > limit_bytes:
-            raise BodyTooLarge(limit_bytes, setting)
-        body += chunk
+    try:
+        async with asyncio.timeout(limit.timeout_s):
+            async for chunk in request.stream():
+                if len(body) + len(chunk) > limit.max_bytes:
+                    raise BodyTooLarge(limit)
+                body += chunk
+    except TimeoutError:
+        raise BodyTooSlow(len(body), limit) from None
     return body
 
 

@@ -7,6 +7,8 @@
     GET  /ready           200 when every stage is active, else 503 with the progress
     GET  /status          GET  /plan  GET  /metrics
 
+Which scope each needs stands beside it in `_Routes`; one without cannot be added.
+
 A codec around `GatewayService`; checks and defaults live there, errors in `http_guard`. A client
 that disconnects aborts its requests, streamed or not.
 """
@@ -20,7 +22,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -28,16 +30,20 @@ from starlette.requests import ClientDisconnect
 from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
-from cluster.gateway.auth import BearerAuth
+from cluster.gateway.access import PUBLIC_PATHS, Access, Forbidden, Need, Unauthenticated
 from cluster.gateway.http_guard import (
-    BearerMiddleware,
+    AccessMiddleware,
+    BodyLimit,
     BodyTooLarge,
+    BodyTooSlow,
     ClientGone,
     InvalidBody,
+    Needs,
     describe,
     read_body,
     read_bytes,
     retry_after,
+    source_of,
     until_disconnect,
 )
 from cluster.gateway.openai_calls import Call, chat_call, completion_call, streamed, whole
@@ -58,23 +64,25 @@ def unix_s() -> int:
 
 def make_http_app(
     service: GatewayService,
-    auth: BearerAuth,
+    access: Access,
     *,
-    max_request_bytes: int,
-    max_adapter_bytes: int,
+    request_limit: BodyLimit,
+    adapter_limit: BodyLimit,
     new_id: Callable[[], str] = lambda: secrets.token_hex(16),
     clock_unix_s: Callable[[], int] = unix_s,
 ) -> FastAPI:
     """Return the ASGI application."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.add_middleware(BearerMiddleware, auth=auth)
-    routes = _Routes(service, max_request_bytes, max_adapter_bytes, new_id, clock_unix_s)
+    app.add_middleware(AccessMiddleware, access=access)
+    routes = _Routes(service, request_limit, adapter_limit, new_id, clock_unix_s)
     app.include_router(routes.router())
     for kind in (
         RequestError,
         InvalidBody,
         NotFound,
         BodyTooLarge,
+        BodyTooSlow,
+        Unauthenticated,
         Unavailable,
         GenerationFailed,
         AdapterError,
@@ -84,6 +92,13 @@ def make_http_app(
         Exception,  # logged by uvicorn, which sees it too
     ):
         app.add_exception_handler(kind, _error_response)
+
+    async def forbidden(request: Request, error: Exception) -> Response:
+        what = f"{request.method} {request.url.path}"
+        await access.note_refusal(error, source_of(request.scope), what)
+        return describe(error).response()
+
+    app.add_exception_handler(Forbidden, forbidden)
     for kind in (ClientGone, ClientDisconnect):
         app.add_exception_handler(kind, _nobody_left)
     return app
@@ -103,50 +118,51 @@ class _Routes:
     def __init__(
         self,
         service: GatewayService,
-        max_request_bytes: int,
-        max_adapter_bytes: int,
+        request_limit: BodyLimit,
+        adapter_limit: BodyLimit,
         new_id: Callable[[], str],
         clock_unix_s: Callable[[], int],
     ) -> None:
         self._service = service
-        self._max_request_bytes = max_request_bytes
-        self._max_adapter_bytes = max_adapter_bytes
+        self._request_limit = request_limit
+        self._adapter_limit = adapter_limit
         self._new_id = new_id
         self._clock_unix_s = clock_unix_s
 
     def router(self) -> APIRouter:
         router = APIRouter()
-        gets: dict[str, Callable[..., Awaitable[Response]]] = {
-            "/health": self.health,
-            "/ready": self.ready,
-            "/status": self.status,
-            "/plan": self.plan,
-            "/metrics": self.metrics,
-            "/v1/adapter": self.adapter,
-            "/v1/models": self.models,
-            "/v1/models/{model_id:path}": self.model,  # names hold slashes
-        }
-        posts: dict[str, Callable[..., Awaitable[Response]]] = {
-            "/v1/completions": self.completions,
-            "/v1/chat/completions": self.chat_completions,
-            "/v1/adapter": self.publish_adapter,
-        }
-        for path, endpoint in gets.items():
-            router.add_api_route(path, endpoint, methods=["GET"], response_model=None)
-        for path, endpoint in posts.items():
-            router.add_api_route(path, endpoint, methods=["POST"], response_model=None)
-        router.add_api_route(
-            "/v1/adapter", self.remove_adapter, methods=["DELETE"], response_model=None
-        )
+        routes: list[tuple[str, str, Need, Callable[..., Awaitable[Response]]]] = [
+            ("GET", "/health", "public", self.health),
+            ("GET", "/ready", "any", self.ready),
+            ("GET", "/status", "any", self.status),
+            ("GET", "/plan", "any", self.plan),
+            ("GET", "/metrics", "any", self.metrics),
+            ("GET", "/v1/models", "any", self.models),
+            ("GET", "/v1/models/{model_id:path}", "any", self.model),  # names hold slashes
+            ("POST", "/v1/completions", "generate", self.completions),
+            ("POST", "/v1/chat/completions", "generate", self.chat_completions),
+            ("GET", "/v1/adapter", "any", self.adapter),
+            ("POST", "/v1/adapter", "admin", self.publish_adapter),
+            ("DELETE", "/v1/adapter", "admin", self.remove_adapter),
+        ]
+        for method, path, need, endpoint in routes:
+            assert (need == "public") == (path in PUBLIC_PATHS), path
+            router.add_api_route(
+                path,
+                endpoint,
+                methods=[method],
+                response_model=None,
+                dependencies=[Depends(Needs(need))],
+            )
         return router
 
     async def completions(self, request: Request) -> Response:
-        body = await read_body(request, CompletionBody, limit_bytes=self._max_request_bytes)
+        body = await read_body(request, CompletionBody, limit=self._request_limit)
         call = await completion_call(self._service, body, self._head("cmpl"))
         return await self._answer(request, call, stream=bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
-        body = await read_body(request, ChatBody, limit_bytes=self._max_request_bytes)
+        body = await read_body(request, ChatBody, limit=self._request_limit)
         call = await chat_call(self._service, body, self._head("chatcmpl"))
         return await self._answer(request, call, stream=bool(body.stream))
 
@@ -163,13 +179,11 @@ class _Routes:
         )
 
     async def adapter(self) -> Response:
-        body = asdict(self._service.adapter()) | {"max_bytes": self._max_adapter_bytes}
+        body = asdict(self._service.adapter()) | {"max_bytes": self._adapter_limit.max_bytes}
         return JSONResponse(body)
 
     async def publish_adapter(self, request: Request) -> Response:
-        body = await read_bytes(
-            request, limit_bytes=self._max_adapter_bytes, setting="max_adapter_bytes"
-        )
+        body = await read_bytes(request, limit=self._adapter_limit)
         adapter = await asyncio.to_thread(Adapter.decode, memoryview(body))
         return JSONResponse(asdict(await self._service.publish(adapter)))
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import socket
+import ssl
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -18,18 +20,24 @@ import grpc
 import uvicorn
 from fastapi import FastAPI
 
+from cluster.audit import AuditLog, default_audit_file
 from cluster.backend import Backend
-from cluster.gateway.auth import BearerAuth
+from cluster.gateway.access import Access, on_record
 from cluster.gateway.grpc_server import make_grpc_server
+from cluster.gateway.http_guard import BodyLimit
+from cluster.gateway.http_protocol import ConnectionLimits, GuardedProtocol
 from cluster.gateway.http_server import make_http_app
 from cluster.gateway.service import GatewayService, random_seed
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.keys import KeyRing
 from cluster.telemetry import GatewayMetrics
 
 logger = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+_MOST_HEAD_BYTES = 32 * 1024
+"""Of a request line with its headers."""
 _CLOSE_S = 1.0
 """After the drain, how long connections get to take their last bytes."""
 
@@ -40,22 +48,31 @@ async def serve(
     settings: GatewaySettings,
     token: str,
     *,
+    audit: AuditLog | None = None,
     metrics: GatewayMetrics | None = None,
     new_seed: Callable[[], int] = random_seed,
 ) -> GatewayHandle:
     """Bind both ports and start serving; return once both accept connections.
 
     Raises:
-        ValueError: The token or a TLS file cannot be used.
+        ValueError: The token, the keys file or a TLS file cannot be used.
         OSError: A port cannot be bound.
     """
-    auth = BearerAuth(token)
-    service = GatewayService(backend, tokenizer, metrics=metrics, new_seed=new_seed)
-    limit = settings.max_request_bytes
+    keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file)
+    access = Access(token, keys=keys, audit=audit)
+    service = GatewayService(backend, tokenizer, audit=audit, metrics=metrics, new_seed=new_seed)
     app = make_http_app(
-        service, auth, max_request_bytes=limit, max_adapter_bytes=settings.max_adapter_bytes
+        service,
+        access,
+        request_limit=BodyLimit(settings.max_request_bytes, settings.body_timeout_s),
+        adapter_limit=BodyLimit(
+            settings.max_adapter_bytes,
+            settings.adapter_timeout_s,
+            "max_adapter_bytes",
+            "adapter_timeout_s",
+        ),
     )
-    grpc_server = make_grpc_server(service, auth, max_request_bytes=limit)
+    grpc_server = make_grpc_server(service, access, settings)
     http_server = _http_server(app, settings)
     listener = _bind_http(settings)
     http_port = int(listener.getsockname()[1])
@@ -73,9 +90,19 @@ async def serve(
         http_server=http_server,
         http_task=http_task,
         urls=_Urls(settings, http_port, grpc_port),
+        audit=audit,
     )
     logger.info("serving HTTP on %s and gRPC on %s", handle.http_url, handle.grpc_target)
     return handle
+
+
+def open_audit(settings: GatewaySettings, deployment: str) -> AuditLog:
+    """Return the audit log that the settings name; whoever opens it closes it.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    return AuditLog(settings.audit_file or default_audit_file(), deployment=deployment)
 
 
 class GatewayHandle:
@@ -90,6 +117,7 @@ class GatewayHandle:
         http_server: _HttpServer,
         http_task: asyncio.Task[None],
         urls: _Urls,
+        audit: AuditLog | None,
     ) -> None:
         self.service = service
         self.app = app
@@ -100,6 +128,8 @@ class GatewayHandle:
         self._grpc_server = grpc_server
         self._http_server = http_server
         self._http_task = http_task
+        self._audit = audit
+        self._is_closed = False
 
     @property
     def openai_url(self) -> str:
@@ -112,7 +142,10 @@ class GatewayHandle:
 
     async def close(self, grace_s: float = 5.0) -> None:
         """Refuse new requests, let those in flight finish for `grace_s`, then stop."""
-        await self.service.drain(grace_s)
+        if not self._is_closed:
+            self._is_closed = True
+            async with on_record(self._audit, "shut_down"):
+                await self.service.drain(grace_s)
         await asyncio.gather(self._grpc_server.stop(_CLOSE_S), self._close_http())
 
     async def _close_http(self) -> None:
@@ -160,9 +193,14 @@ class _HttpServer(uvicorn.Server):
 
 
 def _http_server(app: FastAPI, settings: GatewaySettings) -> _HttpServer:
+    limits = ConnectionLimits(
+        max_connections=settings.max_connections, wait_s=settings.body_timeout_s
+    )
+    protocol: Any = functools.partial(GuardedProtocol, limits)
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=protocol,
+        h11_max_incomplete_event_size=_MOST_HEAD_BYTES,
         ws="none",
         lifespan="off",
         log_config=None,
@@ -171,11 +209,16 @@ def _http_server(app: FastAPI, settings: GatewaySettings) -> _HttpServer:
         proxy_headers=False,
         ssl_certfile=str(settings.tls_cert_file) if settings.tls_cert_file else None,
         ssl_keyfile=str(settings.tls_key_file) if settings.tls_key_file else None,
+        ssl_ca_certs=str(settings.tls_client_ca_file) if settings.tls_client_ca_file else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.tls_client_ca_file else ssl.CERT_NONE,
     )
     try:
         config.load()
     except OSError as error:  # ssl.SSLError is one
-        raise ValueError(f"tls_cert_file and tls_key_file cannot be used: {error}") from None
+        names = "tls_cert_file and tls_key_file"
+        if settings.tls_client_ca_file:
+            names = "tls_cert_file, tls_key_file and tls_client_ca_file"
+        raise ValueError(f"{names} cannot be used: {error}") from None
     return _HttpServer(config)
 
 
@@ -207,7 +250,13 @@ def _bind_grpc(server: Any, settings: GatewaySettings) -> int:
     try:
         if settings.tls_cert_file and settings.tls_key_file:
             pair = (settings.tls_key_file.read_bytes(), settings.tls_cert_file.read_bytes())
-            port = server.add_secure_port(address, grpc.ssl_server_credentials([pair]))
+            authority = settings.tls_client_ca_file
+            credentials = grpc.ssl_server_credentials(
+                [pair],
+                root_certificates=None if authority is None else authority.read_bytes(),
+                require_client_auth=authority is not None,
+            )
+            port = server.add_secure_port(address, credentials)
         else:
             port = server.add_insecure_port(address)
     except RuntimeError:

@@ -8,6 +8,7 @@ it. What it raises, and what the codecs make of it:
     RequestError           INVALID_ARGUMENT      400 (code context_length_exceeded where it is)
     NotFound               NOT_FOUND             404 (code model_not_found for a model)
     Overloaded             RESOURCE_EXHAUSTED    429 with Retry-After
+    Forbidden              PERMISSION_DENIED     403
     Unavailable            UNAVAILABLE           503 with Retry-After
     GenerationFailed       INTERNAL              500
     AdapterError                                 400 (code adapter_refused)
@@ -24,11 +25,12 @@ import re
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from typing import Any, TypedDict
 
 from actors.engine.adapter import Adapter
 from actors.engine.requests import MAX_SEED, Request, RequestError, RequestOutput, SamplingParams
+from cluster.audit import Act, AuditLog
 from cluster.backend import (
     AdapterStatus,
     Backend,
@@ -37,6 +39,7 @@ from cluster.backend import (
     Published,
     Unavailable,
 )
+from cluster.gateway.access import current_caller, on_record
 from cluster.gateway.tokenizer import ChatMessages, Tokenizer, check_text
 from cluster.telemetry import GatewayMetrics, Outcome
 
@@ -102,6 +105,7 @@ class GatewayService:
         backend: Backend,
         tokenizer: Tokenizer,
         *,
+        audit: AuditLog | None = None,
         metrics: GatewayMetrics | None = None,
         new_seed: Callable[[], int] = random_seed,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -110,10 +114,12 @@ class GatewayService:
         self.tokenizer = tokenizer
         self.metrics = metrics or GatewayMetrics()
         self._backend = backend
+        self._audit = audit
         self._new_seed = new_seed
         self._monotonic_s = monotonic_s
         self._status_timeout_s = status_timeout_s
-        self._in_flight: set[str] = set()
+        self._in_flight: dict[str, str] = {}
+        """Who asked for each request."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -201,20 +207,21 @@ class GatewayService:
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run the request; closing this generator aborts it on the backend at once."""
-        with self.metrics.counting_refusals():
-            self._admit(request)
-        try:
+        caller = current_caller()
+        with ExitStack() as held:
+            with self.metrics.counting_refusals():
+                usage = held.enter_context(caller.prompt(len(request.prompt), self._monotonic_s))
+                self._admit(request, caller.name)
+            held.callback(self._leave, request.id)
             outputs = self._backend.generate(request)
             try:
                 async with aclosing(self._watched(request, outputs)) as watched:
                     async for output in watched:
+                        if usage is not None:
+                            usage.generated(len(output.tokens), self._monotonic_s())
                         yield output
             finally:
                 await _close(outputs)
-        finally:
-            self._in_flight.discard(request.id)
-            if not self._in_flight:
-                self._idle.set()
 
     async def _watched(
         self, request: Request, outputs: AsyncIterator[RequestOutput]
@@ -249,7 +256,20 @@ class GatewayService:
                 timer.ended(outcome)
 
     async def abort(self, request_id: str) -> None:
-        """End a request in flight; raise `NotFound` when there is none of that id."""
+        """End a request in flight; raise `NotFound` when there is none of that id.
+
+        Another caller's request needs the scope admin.
+        """
+        caller = current_caller()
+        owner = self._in_flight.get(request_id, caller.name)
+        if owner == caller.name:
+            await self._abort(request_id)
+            return
+        caller.check("admin")
+        async with on_record(self._audit, "abort", request=request_id, asked_by=owner):
+            await self._abort(request_id)
+
+    async def _abort(self, request_id: str) -> None:
         if not await self._backend.abort(request_id):
             raise NotFound(
                 f"no request `{request_id}` is in flight; it may have finished",
@@ -262,7 +282,10 @@ class GatewayService:
     async def publish(self, adapter: Adapter | None) -> Published:
         """Put an adapter to use while requests run; see `Backend.publish`."""
         self._check_open()
-        return await self._backend.publish(adapter)
+        act: Act = "remove_adapter" if adapter is None else "publish"
+        name = "" if adapter is None else adapter.name
+        async with on_record(self._audit, act, adapter=name):
+            return await self._backend.publish(adapter)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new requests, let those in flight finish for `grace_s`, then abort the rest."""
@@ -286,14 +309,19 @@ class GatewayService:
         if self._is_draining:
             raise Unavailable("the gateway is shutting down", _RETRY_AFTER_SHUTDOWN_S)
 
-    def _admit(self, request: Request) -> None:
+    def _admit(self, request: Request, caller: str) -> None:
         self._check_open()
         if request.id in self._in_flight:
             raise RequestError(
                 f"request id `{request.id}` is already in flight; choose another", "request_id"
             )
-        self._in_flight.add(request.id)
+        self._in_flight[request.id] = caller
         self._idle.clear()
+
+    def _leave(self, request_id: str) -> None:
+        del self._in_flight[request_id]
+        if not self._in_flight:
+            self._idle.set()
 
 
 async def _close(outputs: AsyncIterator[RequestOutput]) -> None:

@@ -25,10 +25,26 @@ class GatewaySettings(BaseModel):
     tls_cert_file: Path | None = None
     """PEM certificate chain of both listeners."""
     tls_key_file: Path | None = None
+    tls_client_ca_file: Path | None = None
+    """PEM certificates of the authority whose clients alone are let in (mutual TLS), on both
+    listeners; None: the token or a key is enough."""
     insecure_plaintext: bool = False
     """Listen off loopback without TLS: the token and every prompt cross the network readable."""
     token_file: Path | None = None
     """A file that holds the bearer token; None: the launcher makes one."""
+    api_keys_file: Path | None = None
+    """Keys of further clients, as `motley keys` writes them; read again when it changes. None: the
+    token alone is valid."""
+    audit_file: Path | None = None
+    """Where administrative acts and refused callers are put on record; None: `audit.jsonl` in the
+    folder of the run-state files."""
+    max_connections: int = Field(1024, ge=1)
+    """HTTP connections, and gRPC calls, that are open at a time; what is more is turned away."""
+    body_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)
+    """Time for the head of an HTTP request to be there, again for its body or a call's message,
+    and for a client to read when there is no more room for what it is sent."""
+    adapter_timeout_s: float = Field(600.0, gt=0, allow_inf_nan=False)
+    """Time for an adapter's bytes to be there."""
 
     @property
     def uses_tls(self) -> bool:
@@ -43,6 +59,15 @@ class GatewaySettings(BaseModel):
                 else ("tls_cert_file", "tls_key_file")
             )
             raise ValueError(f"{given} is set without {absent}; TLS needs both")
+        return self
+
+    @model_validator(mode="after")
+    def _client_certificates_need_tls(self) -> GatewaySettings:
+        if self.tls_client_ca_file is not None and not self.uses_tls:
+            raise ValueError(
+                "tls_client_ca_file is set without tls_cert_file and tls_key_file; clients show "
+                "certificates over TLS only"
+            )
         return self
 
     @model_validator(mode="after")

@@ -30,7 +30,7 @@ from cluster.backend import (
     Published,
     StageStatus,
 )
-from cluster.gateway.server import GatewayHandle, serve
+from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenizer import ChatMessages, Tokenizer
 
@@ -237,13 +237,15 @@ async def _running(
     backend: FakeBackend, tokenizer: Tokenizer, **settings: Any
 ) -> AsyncGenerator[GatewayHandle, None]:
     values = {"http_port": 0, "grpc_port": 0, "max_request_bytes": 65536} | settings
-    handle = await serve(
-        backend, tokenizer, GatewaySettings(**values), TOKEN, new_seed=lambda: SEED
-    )
+    made = GatewaySettings(**values)
+    audit = None if made.audit_file is None else open_audit(made, "tiny")
+    handle = await serve(backend, tokenizer, made, TOKEN, audit=audit, new_seed=lambda: SEED)
     try:
         yield handle
     finally:
         await handle.close(0)
+        if audit is not None:
+            audit.close()
 
 
 GatewayFactory = Callable[..., AbstractAsyncContextManager[GatewayHandle]]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from actors.engine.batch import Draw, Rows, StepBatch, StepResult
 from actors.engine.requests import TokenLogprob
 
-IDS = st.integers(0, 2**31)
+IDS = st.integers(0, 2**31 - 1)
 DRAWS = st.builds(
     Draw,
     seed=st.integers(0, 2**63 - 1),

@@ -1,7 +1,12 @@
-"""A token on every route of every protocol, but HTTP /health."""
+"""Every route and every RPC wants a token or key of its scope, but HTTP /health.
+
+They are enumerated from the servers themselves, so that one that is added without a scope fails.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -10,8 +15,14 @@ import pytest
 from google.protobuf import descriptor_pb2
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from cluster.gateway.access import PUBLIC_PATHS
+from cluster.gateway.grpc_guard import RPC_NEEDS
+from cluster.gateway.http_guard import Needs
+from cluster.keys import SCOPES, add_key, new_key
+
 if TYPE_CHECKING:
     from cluster.gateway.server import GatewayHandle
+    from tests.unit.conftest import FakeBackend, GatewayFactory
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -59,6 +70,122 @@ async def test_every_route_but_health_wants_the_token(gateway: GatewayHandle) ->
                 if expected == 401:
                     assert response.headers["www-authenticate"] == "Bearer"
                     assert response.json()["error"]["code"] == "invalid_api_key"
+
+
+def needs_of(gateway: GatewayHandle) -> dict[tuple[str, str], list[str]]:
+    """What each (method, path) declares; one that declares nothing has an empty list."""
+    found: dict[tuple[str, str], list[str]] = {}
+    declared: list[str]
+    for route in _walk(gateway.app.router.routes):
+        declared = [
+            each.dependency.need
+            for each in getattr(route, "dependencies", ())
+            if isinstance(each.dependency, Needs)
+        ]
+        for method in route.methods:
+            found[method, route.path.replace("{model_id:path}", "x")] = declared
+    return found
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, str]:
+    """One key for each scope, in `keys.jsonl`."""
+    made: dict[str, str] = {}
+    for scope in SCOPES:
+        key, made[scope] = new_key(f"client-{scope}", [scope])
+        add_key(tmp_path / "keys.jsonl", key)
+    return made
+
+
+async def test_every_route_is_refused_to_a_key_of_another_scope(
+    gateway_with: GatewayFactory, keys: dict[str, str], tmp_path: Path
+) -> None:
+    async with (
+        gateway_with(api_keys_file=tmp_path / "keys.jsonl") as gateway,
+        httpx.AsyncClient(base_url=gateway.http_url) as client,
+    ):
+        needs = needs_of(gateway)
+        assert set(needs) == routes_of(gateway)
+        assert {path for (_, path), need in needs.items() if need == ["public"]} == PUBLIC_PATHS
+        for (method, path), declared in sorted(needs.items()):
+            assert len(declared) == 1, f"{method} {path} declares {declared}; name one scope"
+            [need] = declared
+            for scope, key in keys.items():
+                headers = {"Authorization": f"Bearer {key}"}
+                response = await client.request(method, path, headers=headers)
+                if need in ("any", "public", scope):
+                    assert response.status_code not in (401, 403), (method, path, scope)
+                else:
+                    assert response.status_code == 403, (method, path, scope)
+                    error = response.json()["error"]
+                    assert error["code"] == "insufficient_scope"
+                    assert f"scope {need}" in error["message"]
+                    assert f"client-{scope} has {scope}" in error["message"]
+
+
+async def test_every_rpc_is_refused_to_a_key_of_another_scope(
+    gateway_with: GatewayFactory, keys: dict[str, str], tmp_path: Path, metadata: Any
+) -> None:
+    async with (
+        gateway_with(api_keys_file=tmp_path / "keys.jsonl") as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_target) as channel,
+    ):
+        paths = {
+            f"/{service}/{method}"
+            for service, methods in (await rpcs_of(channel, metadata)).items()
+            for method in methods
+        }
+        assert paths <= set(RPC_NEEDS), "an RPC declares no scope"
+        for path in sorted(paths):
+            for scope, key in keys.items():
+                call = channel.stream_stream(path)(
+                    iter([b""]), metadata=(("authorization", f"Bearer {key}"),), timeout=5
+                )
+                reached = RPC_NEEDS[path] in ("any", scope)
+                # The status comes behind the responses; Watch goes on until it is left.
+                first = None
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    first = await call.read()
+                if first not in (None, grpc.aio.EOF):
+                    assert reached, (path, scope)
+                    call.cancel()
+                    continue
+                code = await call.code()
+                assert (code is grpc.StatusCode.PERMISSION_DENIED) is not reached, (path, scope)
+                assert code is not grpc.StatusCode.UNAUTHENTICATED
+                if not reached:
+                    assert f"scope {RPC_NEEDS[path]}" in await call.details()
+
+
+async def test_an_rpc_without_a_scope_is_refused_to_everyone(
+    channel: Any, metadata: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = "/motley.v1.Motley/GetPlan"
+    left = {name: need for name, need in RPC_NEEDS.items() if name != path}
+    monkeypatch.setattr("cluster.gateway.grpc_guard.RPC_NEEDS", left)
+
+    call = channel.stream_stream(path)(iter([b""]), metadata=metadata, timeout=5)
+
+    assert await call.code() is grpc.StatusCode.PERMISSION_DENIED
+    assert "declares no scope" in await call.details()
+
+
+async def test_a_revoked_key_is_refused_at_once(
+    gateway_with: GatewayFactory, backend: FakeBackend, tmp_path: Path
+) -> None:
+    file = tmp_path / "keys.jsonl"
+    async with (
+        gateway_with(api_keys_file=file) as gateway,
+        httpx.AsyncClient(base_url=gateway.http_url) as client,
+    ):
+        key, text = new_key("late", ["generate"])
+        client.headers["Authorization"] = f"Bearer {text}"
+        assert (await client.get("/v1/models")).status_code == 401
+        add_key(file, key)
+        assert (await client.get("/v1/models")).status_code == 200
+        assert (await client.post("/v1/completions", json={"prompt": "ab"})).status_code == 200
+        file.write_text("", encoding="utf-8")
+        assert (await client.get("/v1/models")).status_code == 401
 
 
 async def test_two_authorization_headers_are_refused(gateway: GatewayHandle, token: str) -> None:

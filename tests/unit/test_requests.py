@@ -23,7 +23,7 @@ from actors.engine.requests import (
     TokenLogprob,
 )
 
-TOKEN_IDS = st.integers(0, 2**31)
+TOKEN_IDS = st.integers(0, 2**31 - 1)
 FINITE = st.floats(-1e6, 0.0)
 LOGPROBS = st.builds(
     TokenLogprob,
@@ -74,7 +74,7 @@ OUTPUTS = st.builds(
     finish_reason=st.sampled_from([None, "stop", "length", "abort", "error"]),
     stop_reason=st.none() | st.text() | TOKEN_IDS,
     error=st.text(),
-    cached_tokens=st.integers(0, 2**31),
+    cached_tokens=st.integers(0, 2**31 - 1),
 )
 
 
