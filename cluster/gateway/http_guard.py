@@ -32,6 +32,8 @@ T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 
 _MAX_SCHEMA_ERRORS = 3
+_OPEN_PATHS = frozenset({"/", "/health"})
+"""What is shown to everybody: a page without data, and that the process lives."""
 _INTERNAL = "the gateway failed while handling this request; its log says why"
 
 
@@ -127,7 +129,7 @@ def is_expected(error: Exception) -> bool:
 
 
 class BearerMiddleware:
-    """Answers 401 to everything but GET /health without the token, unknown routes included."""
+    """Answers 401 without the token to all but the open paths, unknown routes included."""
 
     def __init__(self, app: ASGIApp, auth: BearerAuth) -> None:
         self._app = app
@@ -146,7 +148,7 @@ class BearerMiddleware:
         await self._app(scope, receive, send)
 
     def _is_allowed(self, scope: Scope) -> bool:
-        if scope["path"] == "/health":
+        if scope["path"] in _OPEN_PATHS:
             return True
         values = Headers(scope=scope).getlist("authorization")
         return len(values) == 1 and self._auth.accepts(values[0])

@@ -3,9 +3,10 @@
     POST /v1/completions  POST /v1/chat/completions   whole, or as server-sent events
     GET  /v1/models       GET  /v1/models/{id}
     GET  /v1/adapter      POST /v1/adapter      DELETE /v1/adapter     what `motley publish` calls
-    GET  /health          alive; the only route that needs no token
+    GET  /                a page that shows the rest; with /health all that needs no token
+    GET  /health          alive
     GET  /ready           200 when every stage is active, else 503 with the progress
-    GET  /status          GET  /plan  GET  /metrics
+    GET  /status          GET  /plan  GET  /metrics  GET  /dashboard.json
 
 A codec around `GatewayService`; checks and defaults live there, errors in `http_guard`. A client
 that disconnects aborts its requests, streamed or not.
@@ -29,6 +30,7 @@ from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.auth import BearerAuth
+from cluster.gateway.dashboard_routes import dashboard_router
 from cluster.gateway.http_guard import (
     BearerMiddleware,
     BodyTooLarge,
@@ -70,6 +72,7 @@ def make_http_app(
     app.add_middleware(BearerMiddleware, auth=auth)
     routes = _Routes(service, max_request_bytes, max_adapter_bytes, new_id, clock_unix_s)
     app.include_router(routes.router())
+    app.include_router(dashboard_router(service))
     for kind in (
         RequestError,
         InvalidBody,
