@@ -199,16 +199,18 @@ def busy_controller(now_unix_s: float, device_ids: tuple[str, ...] = DEVICES) ->
         "factors": {second: 1.9, third: 1.0},
         "moves": [
             move(
-                2, 840, layers(20, 10, 6), layers(21, 9, 6), reason=f"{second} is 1.2 times slower",
-                predicted_gain=0.04, measured_gain=-0.012, pause_s=0.031, outcome="rolled back",
+                2, 840, layers(22, 13, 1), layers(21, 14, 1),
+                reason="a link was measured again", outcome="rolled back",
+                predicted_gain=0.04, measured_gain=-0.012, pause_s=0.031,
             ),
             move(
-                3, 312, layers(20, 10, 6), layers(22, 8, 6), reason=f"{second} is 1.9 times slower",
-                predicted_gain=0.31, measured_gain=0.284, pause_s=0.046, outcome="kept",
+                3, 312, layers(22, 13, 1), layers(24, 11, 1),
+                reason=f"{second} is 1.9 times slower", outcome="kept",
+                predicted_gain=0.31, measured_gain=0.284, pause_s=0.046,
             ),
             move(
-                4, 9, layers(22, 8, 6), layers(23, 7, 6), reason="half a step further",
-                predicted_gain=0.06, outcome="running",
+                4, 9, layers(24, 11, 1), layers(25, 10, 1),
+                reason="half a step further", outcome="running", predicted_gain=0.06,
             ),
         ],
     }  # fmt: skip

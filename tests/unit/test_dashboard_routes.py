@@ -104,3 +104,33 @@ async def test_what_the_controller_and_training_runs_say_is_passed_on(
 
     assert shown["controller"]["phase"] == "halted"
     assert [told["name"] for told in shown["trainings"]] == ["chats"]
+
+
+def _luminance(colour: str) -> float:
+    """WCAG's relative luminance of #rrggbb."""
+    parts = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: str, other: str) -> float:
+    low, high = sorted((_luminance(one), _luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+async def test_text_and_bars_stand_out_in_the_light_and_in_the_dark(
+    http: httpx.AsyncClient,
+) -> None:
+    page = (await http.get("/")).text
+    schemes = re.findall(r":root \{(.*?)\n\}", page, re.DOTALL)
+
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colours = dict(re.findall(r"--(\w+): (#\w{6});", scheme))
+        for ground in ("page", "card", "soft"):
+            for text in ("text", "dim", "good", "warn", "bad"):
+                assert _contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+            for index in range(8):
+                assert _contrast(colours[f"s{index}"], colours[ground]) >= 3.0, (index, ground)
