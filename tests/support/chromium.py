@@ -50,6 +50,7 @@ class Page:
         self.errors: list[str] = []
         """Errors and warnings of its console, uncaught exceptions, refusals of its policy."""
         self._socket = socket
+        self._has_loaded = asyncio.Event()
         self._ids = itertools.count(1)
         self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
 
@@ -63,7 +64,17 @@ class Page:
             return await answer
 
     async def go(self, url: str) -> None:
-        await self.send("Page.navigate", url=url)
+        """Load an address, and return when that has been done."""
+        await self._load("Page.navigate", url=url)
+
+    async def reload(self) -> None:
+        await self._load("Page.reload")
+
+    async def _load(self, method: str, **params: Any) -> None:
+        self._has_loaded.clear()
+        await self.send(method, **params)
+        async with asyncio.timeout(DEADLINE_S):
+            await self._has_loaded.wait()
 
     async def evaluate(self, expression: str) -> Any:
         """Return the value of a JavaScript expression in the page."""
@@ -126,6 +137,8 @@ class Page:
 
     def _note(self, method: str, params: dict[str, Any]) -> None:
         match method:
+            case "Page.loadEventFired":
+                self._has_loaded.set()
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
             case "Runtime.exceptionThrown":
