@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from prometheus_client import CollectorRegistry
 
@@ -27,41 +26,45 @@ from cluster.trainstate import TrainingState, training_states
 _PAGE = Path(__file__).with_name("dashboard.html")
 
 
-def dashboard_router(
-    service: GatewayService,
-    *,
-    trainings: Callable[[], Sequence[TrainingState]] = training_states,
-    monotonic_s: Callable[[], float] = time.monotonic,
-) -> APIRouter:
-    """Return both routes."""
-    page = _PAGE.read_text(encoding="utf-8")
-    headers = page_headers(page)
-    dashboard = Dashboard()
+class DashboardRoutes:
+    """Both endpoints of one service."""
 
-    async def show_page() -> Response:
-        return HTMLResponse(page, headers=headers)
+    def __init__(
+        self,
+        service: GatewayService,
+        *,
+        trainings: Callable[[], Sequence[TrainingState]] = training_states,
+        monotonic_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._service = service
+        self._trainings = trainings
+        self._monotonic_s = monotonic_s
+        self._page = _PAGE.read_text(encoding="utf-8")
+        self._headers = page_headers(self._page)
+        self._dashboard = Dashboard()
 
-    async def show_state() -> Response:
-        status = await service.status()
-        now_s = monotonic_s()  # of the counters, before anything else takes its time
-        runs = await asyncio.to_thread(trainings)
-        reading = Reading(
-            monotonic_s=now_s,
+    async def page(self) -> Response:
+        return HTMLResponse(self._page, headers=self._headers)
+
+    async def document(self) -> Response:
+        reading = await self._reading()
+        return JSONResponse(self._dashboard.show(reading), headers={"Cache-Control": "no-store"})
+
+    async def _reading(self) -> Reading:
+        trainings = await asyncio.to_thread(self._trainings)
+        status = await self._service.status()
+        # Nothing waits from here on, so readings come in the order of their times.
+        return Reading(
+            monotonic_s=self._monotonic_s(),
             unix_s=datetime.now(UTC).timestamp(),
             version=software_version(),
-            model=service.model_info(),
-            plan=service.plan(),
+            model=self._service.model_info(),
+            plan=self._service.plan(),
             status=status,
-            controller=service.controller(),
-            trainings=runs,
-            traffic=traffic_of(service.metrics.registry),
+            controller=self._service.controller(),
+            trainings=trainings,
+            traffic=traffic_of(self._service.metrics.registry),
         )
-        return JSONResponse(dashboard.show(reading), headers={"Cache-Control": "no-store"})
-
-    router = APIRouter()
-    router.add_api_route("/", show_page, methods=["GET"], response_model=None)
-    router.add_api_route("/dashboard.json", show_state, methods=["GET"], response_model=None)
-    return router
 
 
 def page_headers(page: str) -> dict[str, str]:

@@ -30,7 +30,7 @@ from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.auth import BearerAuth
-from cluster.gateway.dashboard_routes import dashboard_router
+from cluster.gateway.dashboard_routes import DashboardRoutes
 from cluster.gateway.http_guard import (
     BearerMiddleware,
     BodyTooLarge,
@@ -72,7 +72,6 @@ def make_http_app(
     app.add_middleware(BearerMiddleware, auth=auth)
     routes = _Routes(service, max_request_bytes, max_adapter_bytes, new_id, clock_unix_s)
     app.include_router(routes.router())
-    app.include_router(dashboard_router(service))
     for kind in (
         RequestError,
         InvalidBody,
@@ -112,6 +111,7 @@ class _Routes:
         clock_unix_s: Callable[[], int],
     ) -> None:
         self._service = service
+        self._dashboard = DashboardRoutes(service)
         self._max_request_bytes = max_request_bytes
         self._max_adapter_bytes = max_adapter_bytes
         self._new_id = new_id
@@ -120,6 +120,8 @@ class _Routes:
     def router(self) -> APIRouter:
         router = APIRouter()
         gets: dict[str, Callable[..., Awaitable[Response]]] = {
+            "/": self._dashboard.page,
+            "/dashboard.json": self._dashboard.document,
             "/health": self.health,
             "/ready": self.ready,
             "/status": self.status,
