@@ -135,6 +135,17 @@ class Backend(Protocol):
 
     async def status(self) -> DeploymentStatus: ...
 
+    def controller_json(self) -> dict[str, object] | None:
+        """What moves layers is doing, as plain JSON values; None: nothing moves them.
+
+        "phase" ("idle", "moving", "trial", "halted"), "epoch", "reason", "draining" (nodes),
+        "factors" (device id: how many times slower than planned) and "moves", the last one last:
+        "at_s" (Unix), "epoch", "from" and "to" (device id: layers), "reason", "predicted_gain" and
+        "measured_gain" (fractions or null), "pause_s" (or null), "outcome" ("kept", "rolled back",
+        "running", "failed", "recovery").
+        """
+        ...
+
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Admit the request and stream its outputs until every choice has finished.
 

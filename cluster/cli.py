@@ -115,6 +115,23 @@ def status(
 
 
 @app.command()
+def dashboard(
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    name: NameOption = None,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the address of a running deployment's page; it holds the token."""
+    output = Output(as_json=as_json)
+    with reporting(output):
+        from cluster.commands.dashboard import show_dashboard
+
+        show_dashboard(http_target(name, url, token, tls_cert), output, open_it=open_it)
+
+
+@app.command()
 def plan(
     config: ConfigOption = None,
     model: ModelOption = None,

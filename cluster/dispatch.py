@@ -222,6 +222,9 @@ class Dispatcher:
     def plan_json(self) -> dict[str, object]:
         return self._plan.to_json()
 
+    def controller_json(self) -> dict[str, object] | None:
+        return None
+
     def adapter(self) -> AdapterStatus:
         return AdapterStatus() if self._publisher is None else self._publisher.current
 

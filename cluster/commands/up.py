@@ -129,6 +129,7 @@ class _Narrator:
             f"ready after {ready.seconds:.1f} s\n"
             f"  OpenAI HTTP  {ready.http_url}/v1\n"
             f"  gRPC         {ready.grpc_target}\n"
+            f"  dashboard    {ready.http_url}/  (see `motley dashboard`)\n"
             f"  token        {token}\n"
             f"  state        {state_file(self._state.name)}\n"
             f"stop with Ctrl-C or `motley down --name {self._state.name}`"

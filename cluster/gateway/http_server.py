@@ -3,9 +3,10 @@
     POST /v1/completions  POST /v1/chat/completions   whole, or as server-sent events
     GET  /v1/models       GET  /v1/models/{id}
     GET  /v1/adapter      POST /v1/adapter      DELETE /v1/adapter     what `motley publish` calls
-    GET  /health          alive; the only route that needs no token
+    GET  /                a page that shows the rest; with /health all that needs no token
+    GET  /health          alive
     GET  /ready           200 when every stage is active, else 503 with the progress
-    GET  /status          GET  /plan  GET  /metrics
+    GET  /status          GET  /plan  GET  /metrics  GET  /dashboard.json
 
 Which scope each needs stands beside it in `_Routes`; one without cannot be added.
 
@@ -31,6 +32,7 @@ from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.access import PUBLIC_PATHS, Access, Forbidden, Need, Unauthenticated
+from cluster.gateway.dashboard_routes import DashboardRoutes
 from cluster.gateway.http_guard import (
     AccessMiddleware,
     BodyLimit,
@@ -126,12 +128,15 @@ class _Routes:
         self._service = service
         self._request_limit = request_limit
         self._adapter_limit = adapter_limit
+        self._dashboard = DashboardRoutes(service)
         self._new_id = new_id
         self._clock_unix_s = clock_unix_s
 
     def router(self) -> APIRouter:
         router = APIRouter()
         routes: list[tuple[str, str, Need, Callable[..., Awaitable[Response]]]] = [
+            ("GET", "/", "public", self._dashboard.page),
+            ("GET", "/dashboard.json", "any", self._dashboard.document),
             ("GET", "/health", "public", self.health),
             ("GET", "/ready", "any", self.ready),
             ("GET", "/status", "any", self.status),

@@ -130,6 +130,9 @@ class GatewayService:
     def plan(self) -> dict[str, object]:
         return self._backend.plan_json()
 
+    def controller(self) -> dict[str, object] | None:
+        return self._backend.controller_json()
+
     async def status(self) -> DeploymentStatus:
         """Return a snapshot; a deployment that does not answer in time is not ready."""
         try:
