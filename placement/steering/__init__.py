@@ -1,1 +1,0 @@
-"""Parts of the controller: what it hears and says, what it knows, plans and tries; values only."""
