@@ -121,7 +121,6 @@ class SimulatedFleet:
         self.commands: list[tuple[float, Command]] = []
         self.log: list[LogEntry] = []
         self.released: set[str] = set()
-        self.draining: set[str] = set()
 
         topology = Topology(
             devices=tuple(self.devices.values()), links=tuple(links), default_link=WIRE
@@ -144,7 +143,6 @@ class SimulatedFleet:
     def lose_node(self, node: str) -> None:
         self.away.add(node)
         self.dead |= {device.id for device in self.devices.values() if device.node == node}
-        self.draining.discard(node)
         self.released.discard(node)
         self._tell(NodeLost(at_s=self.now_s, node=node, reason="heartbeats stopped"))
 
