@@ -303,7 +303,7 @@ class Controller:
 
     def _ground(self) -> tuple[Topology, StagesPlan]:
         """Return the devices to plan over and their best plan: the first choice that has one."""
-        facts = self._targets.needs_a_device()
+        facts = ""
         for devices in self._fleet.choices(self._now_s):
             topology = self._fleet.topology(devices)
             if topology is None:
@@ -312,6 +312,7 @@ class Controller:
                 return topology, self._targets.best(topology)
             except InfeasiblePlanError as error:
                 facts = str(error)
+        facts = facts or self._targets.needs_a_device()
         unused = self._fleet.unused(self._now_s)
         without = "; ".join(f"{device_id} is not used: {why}" for device_id, why in unused.items())
         raise InfeasiblePlanError(f"{facts} ({without})" if without else facts)

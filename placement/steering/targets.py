@@ -186,6 +186,15 @@ class Targets:
                 verdict="the plan in force is the best there is",
             )
         change = f"{_shown(now)} becomes {_shown(target)} ({gain:+.1%})"
+        if gain <= 0:
+            return Proposal(
+                plan=target,
+                gain_fraction=gain,
+                pause_s=None,
+                is_worth_it=False,
+                is_half=is_half,
+                verdict=change,
+            )
         try:
             way = self._way(now, target, topology, running)
         except InfeasiblePlanError as error:

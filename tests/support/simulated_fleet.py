@@ -18,7 +18,7 @@ from placement.stages import StagesPlan, plan_stages
 from placement.steering.log import LogEntry, Opening
 from placement.steering.settings import ControllerSettings
 from placement.steering.speeds import slowed
-from placement.steering.targets import cut_of
+from placement.steering.targets import Cut, cut_of
 from placement.steering.values import (
     Command,
     Deploy,
@@ -114,6 +114,7 @@ class SimulatedFleet:
         """That really serves."""
         self.dead: set[str] = set()
         """Devices whose stage of it is gone."""
+        self._figures: dict[tuple[Cut, Topology], StagesPlan] = {}
         self._tasks: list[_Task] = []
         self._news: deque[tuple[float, Event]] = deque()
         self.now_s = 0.0
@@ -167,11 +168,11 @@ class SimulatedFleet:
 
     # Time.
 
-    def run(self, seconds: float) -> list[Command]:
-        """Let time pass; returns the commands that were given meanwhile."""
+    def run(self, seconds: float, *, step_s: float = STEP_S) -> list[Command]:
+        """Let time pass, with a tick every `step_s`; returns the commands given meanwhile."""
         first, end_s = len(self.commands), self.now_s + seconds
         while self.now_s < end_s - 1e-9:
-            self.now_s += STEP_S
+            self.now_s += step_s
             self._work()
             while self._news and self._news[0][0] <= self.now_s:
                 self.handle(self._news.popleft()[1])
@@ -250,7 +251,12 @@ class SimulatedFleet:
         return self._priced(plan, slow=True)
 
     def _priced(self, plan: StagesPlan, *, slow: bool) -> StagesPlan:
-        topology = self.topology(slow=slow)
+        key = (cut_of(plan), self.topology(slow=slow))
+        if key not in self._figures:
+            self._figures[key] = self._price(plan, key[1])
+        return self._figures[key]
+
+    def _price(self, plan: StagesPlan, topology: Topology) -> StagesPlan:
         by_id = {device.id: device for device in topology.devices}
         cut = cut_of(plan)
         return plan_stages(
