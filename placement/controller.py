@@ -25,6 +25,7 @@ from typing import assert_never
 from placement.errors import InfeasiblePlanError
 from placement.stages import StagesPlan
 from placement.steering.fleet import Fleet
+from placement.steering.options import Options
 from placement.steering.patience import Patience
 from placement.steering.settings import ControllerSettings
 from placement.steering.standing import Pending, Standing
@@ -63,6 +64,7 @@ class Controller:
         workload: The load that is planned for.
         settings: How eagerly to move.
         in_force: The plan that runs already; None: the first event is answered by a `Deploy`.
+        last_epoch: The last epoch that a controller before this one gave; 0: there was none.
     """
 
     def __init__(
@@ -72,11 +74,13 @@ class Controller:
         workload: ServingWorkload,
         settings: ControllerSettings | None = None,
         in_force: StagesPlan | None = None,
+        last_epoch: int = 0,
     ) -> None:
         self._settings = settings or ControllerSettings()
         self._fleet = Fleet(topology, self._settings)
         self._targets = Targets(profile, workload, self._settings)
-        self._standing = Standing(in_force, self._settings)
+        self._standing = Standing(in_force, last_epoch, self._settings)
+        self._options = Options(self._fleet, self._targets, self._standing, self._settings)
         self._patience = Patience(self._settings)
         self._trial: Trial | None = None
         self._windows: deque[StagesMeasured] = deque(maxlen=self._settings.confirm_windows)
@@ -97,8 +101,7 @@ class Controller:
             halt_reason=standing.halt_reason,
             num_lanes=self._num_lanes,
             lost_devices=tuple(sorted(standing.lost)),
-            draining=self._fleet.draining,
-            released=self._fleet.released,
+            drains=self._options.drains(self._now_s),
             unused=self._fleet.unused(self._now_s),
             slowness=self._fleet.speeds.measured(),
             moves=standing.records.all(),
@@ -113,6 +116,11 @@ class Controller:
             return "moving"
         return "idle" if self._trial is None else "trial"
 
+    @property
+    def _running(self) -> float:
+        load = load_of(self._windows)
+        return load.running if load else 0.0
+
     def handle(self, event: Event) -> list[Command]:
         """Take in an event; returns what to do about it, in order."""
         # An event that comes late does not turn time back.
@@ -125,13 +133,15 @@ class Controller:
     def what_if(self) -> tuple[StagesPlan | None, str]:
         """Return the plan that would be moved to now, and a verdict in words; changes nothing."""
         try:
-            topology, best = self._ground()
+            topology, best = self._options.ground(self._now_s)
         except InfeasiblePlanError as error:
             return None, f"no plan fits: {error}"
-        now = self._in_force_on(topology)
+        now = self._options.in_force_on(topology)
         if now is None or self._standing.needs_mending():
             return best, "the plan in force cannot stay as it is; this one is for what is there"
-        proposal = self._proposal(now, topology)
+        if (pending := self._standing.pending) is not None:
+            return pending.plan, f"a move to epoch {pending.plan.epoch} is under way"
+        proposal = self._options.proposal(now, topology, self._running)
         if no_gain := self._patience.no_gain(proposal, self._now_s, least=0.0):
             return proposal.plan, f"would not move: {no_gain}"
         least = self._settings.min_gain_fraction
@@ -273,19 +283,11 @@ class Controller:
             return self._fit_lanes()
         self._patience.rolled_back(trial.tried, self._now_s)
         self._why_not = f"epoch {trial.epoch} was {verdict.reason}"
-        plan = self._possible(trial.origin)
+        plan = self._options.possible(trial.origin, self._now_s)
         if plan is None:
             self._why_not += "; the cut before is not possible any more"
             return []
         return [self._send(plan, verdict.reason, is_roll_back=True)]
-
-    def _possible(self, cut: Cut) -> StagesPlan | None:
-        """Return a cut on the devices that may be used now; None: it is not possible there."""
-        try:
-            topology, _ = self._ground()
-        except InfeasiblePlanError:
-            return None
-        return self._targets.priced(cut, topology)
 
     def _fit_lanes(self) -> list[Command]:
         """Ask for another number of lanes, once the plan in force is there to stay."""
@@ -301,27 +303,6 @@ class Controller:
 
     # Decisions.
 
-    def _ground(self) -> tuple[Topology, StagesPlan]:
-        """Return the devices to plan over and their best plan: the first choice that has one."""
-        facts = ""
-        for devices in self._fleet.choices(self._now_s):
-            topology = self._fleet.topology(devices)
-            if topology is None:
-                continue
-            try:
-                return topology, self._targets.best(topology)
-            except InfeasiblePlanError as error:
-                facts = str(error)
-        facts = facts or self._targets.needs_a_device()
-        unused = self._fleet.unused(self._now_s)
-        without = "; ".join(f"{device_id} is not used: {why}" for device_id, why in unused.items())
-        raise InfeasiblePlanError(f"{facts} ({without})" if without else facts)
-
-    def _in_force_on(self, topology: Topology) -> StagesPlan | None:
-        """Return the cut in force as it would do on some devices; None: it cannot be there."""
-        in_force = self._standing.in_force
-        return None if in_force is None else self._targets.priced(cut_of(in_force), topology)
-
     def _mend(self) -> list[Command]:
         """Act on losses, then on drains; both without waiting for windows."""
         standing = self._standing
@@ -334,40 +315,33 @@ class Controller:
                 self._why_not = f"{reason}; tried again in {left_s:.3g} s"
             return []
         try:
-            topology, best = self._ground()
+            topology, best = self._options.ground(self._now_s)
         except InfeasiblePlanError as error:
             return self._halt(str(error)) if reason else []
         if reason:
-            is_recovery = standing.in_force is not None
-            plan = self._mended(topology, best)
-            return [self._send(plan, reason, is_recovery=is_recovery)]
+            return [self._recover(topology, best, reason)]
         return self._make_way(topology, best)
+
+    def _recover(self, topology: Topology, best: StagesPlan, reason: str) -> Command:
+        if wanted := self._standing.roll_back_to:
+            plan = self._targets.priced(wanted, topology)
+            if plan is not None:
+                return self._send(plan, reason, is_roll_back=True)
+        has_failed = self._patience.backoff_s(cut_of(best), self._now_s) > 0
+        plan = self._options.mended(topology, best, has_failed=has_failed)
+        return self._send(plan, reason, is_recovery=self._standing.in_force is not None)
 
     def _halt(self, reason: str) -> list[Command]:
         self._why_not = reason
         self._drop_trial("not measured: serving halted")
         return self._standing.halt(reason)
 
-    def _mended(self, topology: Topology, best: StagesPlan) -> StagesPlan:
-        """Return the cut in force, if it may stay and nothing is clearly better; or the best."""
-        now = self._in_force_on(topology)
-        if now is not None:
-            gain = self._targets.gain_fraction(now, best)
-            has_failed = self._patience.backoff_s(cut_of(best), self._now_s) > 0
-            if has_failed or gain < self._settings.min_gain_fraction:
-                return now
-        return self._targets.in_place(best, self._standing.in_force, self._standing.lost, topology)
-
     def _make_way(self, topology: Topology, best: StagesPlan) -> list[Command]:
         """Move off devices that are not to be used, or that their stages do not fit any more."""
-        in_force = self._standing.in_force
-        if in_force is None or self._in_force_on(topology) is not None:
+        if self._options.in_force_on(topology) is not None:
             return []
-        usable = {device.id for device in topology.devices}
-        leaving = sorted(devices_of(in_force) - usable)
-        why = [f"off {d}: {self._fleet.why_unused(d, self._now_s)}" for d in leaving]
-        reason = "; ".join(why) or "the plan in force does not fit its devices any more"
-        return [self._send(self._targets.in_place(best, in_force, (), topology), reason)]
+        reason = self._options.why_leave(topology, self._now_s)
+        return [self._send(self._options.in_place(best, topology), reason)]
 
     def _improve(self, *, is_requested: bool) -> list[Command]:
         """Move to a better cut, if there is one and nothing holds it back."""
@@ -397,26 +371,12 @@ class Controller:
     def _next_proposal(self) -> Proposal | None:
         """Return what could be better than the plan in force; None: that fits nothing here."""
         try:
-            topology, _ = self._ground()
+            topology, _ = self._options.ground(self._now_s)
         except InfeasiblePlanError as error:
             self._why_not = str(error)
             return None
-        now = self._in_force_on(topology)
-        return None if now is None else self._proposal(now, topology)
-
-    def _proposal(self, now: StagesPlan, topology: Topology) -> Proposal:
-        load, then = load_of(self._windows), self._standing.slowness
-        changes = [
-            self._fleet.speeds.factor(device.id) / then.get(device.id, 1.0) - 1.0
-            for device in topology.devices
-        ]
-        changed = [change for change in changes if abs(change) > self._settings.jump_fraction]
-        return self._targets.proposal(
-            now,
-            topology,
-            running=load.running if load else 0.0,
-            may_halve=len(changed) == 1 and changed[0] > 0,
-        )
+        now = self._options.in_force_on(topology)
+        return None if now is None else self._options.proposal(now, topology, self._running)
 
     def _send(
         self,

@@ -28,6 +28,7 @@ class Opening:
     workload: ServingWorkload
     settings: ControllerSettings
     in_force: StagesPlan | None = None
+    last_epoch: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

@@ -9,7 +9,7 @@ from placement.stages import StagesPlan
 from placement.steering.records import Records
 from placement.steering.settings import ControllerSettings
 from placement.steering.state import MoveRecord
-from placement.steering.targets import Proposal, devices_of
+from placement.steering.targets import Cut, Proposal, cut_of, devices_of
 from placement.steering.trials import Load, doubled
 from placement.steering.values import Command, Deploy, Halt, MoveDone, MoveLayers
 
@@ -26,6 +26,7 @@ class Pending:
     """Measured before it; None: nothing was, or it is not for gain."""
     slowness: Mapping[str, float]
     """Of every device when it was decided."""
+    is_roll_back: bool = False
     hit: frozenset[str] = frozenset()
     """Devices that it needs and that were lost after the command."""
 
@@ -33,11 +34,13 @@ class Pending:
 class Standing:
     """One plan is in force, and at most one is moved to."""
 
-    def __init__(self, in_force: StagesPlan | None, settings: ControllerSettings) -> None:
+    def __init__(
+        self, in_force: StagesPlan | None, last_epoch: int, settings: ControllerSettings
+    ) -> None:
         self._settings = settings
         self.records = Records()
         self.in_force = in_force
-        self.epoch = in_force.epoch if in_force else 0
+        self.epoch = max(last_epoch, in_force.epoch if in_force else 0)
         """Of the last plan command."""
         self.slowness: Mapping[str, float] = {}
         """Of every device when the plan in force was decided; none: as profiled."""
@@ -46,6 +49,8 @@ class Standing:
         self.pending: Pending | None = None
         self.is_unsure = False
         """A move had no answer, so what is in force may not be what is thought."""
+        self.roll_back_to: Cut | None = None
+        """What a roll-back that failed was to bring back."""
         self.halt_reason = ""
         self.retry_at_s = 0.0
         """Nothing is mended before."""
@@ -72,6 +77,8 @@ class Standing:
             return "nothing is deployed"
         if self.lost:
             return f"stages were lost on {', '.join(sorted(self.lost))}"
+        if self.roll_back_to is not None:
+            return "the cut before has to come back, and its move failed"
         return "a move had no answer" if self.is_unsure else ""
 
     def lose(self, device_ids: Collection[str], now_s: float, *, at_once: bool) -> frozenset[str]:
@@ -113,10 +120,15 @@ class Standing:
         if self.pending is not None:
             self.records.end(self.epoch, "superseded")
         self.epoch += 1
-        self.halt_reason = ""
+        self.halt_reason, self.roll_back_to = "", None
         plan = replace(plan, epoch=self.epoch)
         self.pending = Pending(
-            plan=plan, since_s=now_s, proposal=proposal, before=before, slowness=slowness
+            plan=plan,
+            since_s=now_s,
+            proposal=proposal,
+            before=before,
+            slowness=slowness,
+            is_roll_back=is_roll_back,
         )
         self.records.add(
             MoveRecord(
@@ -172,6 +184,8 @@ class Standing:
             return None
         self.pending = None
         self.records.end(epoch, "failed", verdict=reason)
+        if pending.is_roll_back:
+            self.roll_back_to = cut_of(pending.plan)
         if pending.proposal is None:
             self.wait_to_retry(now_s)
         return pending

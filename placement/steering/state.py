@@ -47,8 +47,8 @@ class ControllerState:
     num_lanes: int
     lost_devices: tuple[str, ...]
     """Hold stages of the plan in force no more."""
-    draining: tuple[str, ...]
-    released: tuple[str, ...]
+    drains: Mapping[str, str]
+    """Node -> how far its drain is."""
     unused: Mapping[str, str]
     """Device -> why it may not be used."""
     slowness: Mapping[str, float]

@@ -1,7 +1,8 @@
 """What the controller hears (events) and what it says (commands), as values.
 
 Every event carries the time it is told at, in seconds on one clock of the shell's; the controller
-has no other. Both turn into plain JSON and back, so that a log of them replays.
+has no other. Events of one node come in the order in which they happened. Events and commands turn
+into plain JSON and back, so that a log of them replays.
 """
 
 from __future__ import annotations

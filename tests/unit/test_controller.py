@@ -149,6 +149,17 @@ def test_a_plan_that_runs_already_is_left_alone() -> None:
     assert "the plan in force is the best" in steered.state.why_not
 
 
+def test_epochs_go_on_after_those_of_a_controller_before() -> None:
+    topology = Topology(devices=(toy_device("a"),))
+    in_force = replace(plan_stages(toy_model(), topology, workload=WORKLOAD), epoch=3)
+    steered = Controller(toy_model(), topology, WORKLOAD, in_force=in_force, last_epoch=5)
+
+    [command] = steered.handle(DeviceLost(at_s=1.0, device_id="a", reason="SIGKILL"))
+
+    assert isinstance(command, Deploy)
+    assert command.epoch == 6
+
+
 # Slow devices.
 
 
@@ -316,6 +327,20 @@ def test_a_move_that_loses_is_rolled_back_and_not_tried_again_before_its_back_of
     assert "this cut failed" in steered.what_if()[1]
     feed(steered, window(72.0, 3, slowness=slow))
     assert layers(moved(steered.handle(window(74.0, 3, slowness=slow)))) == {"a": 6, "b": 2}
+
+
+def test_a_roll_back_that_fails_is_tried_again() -> None:
+    steered = controller(toy_device("a"), toy_device("b"))
+    slow_b(steered)
+    steered.handle(done(7.0, 2))
+    bad = [window(float(t), 2, tokens_per_s=8.0) for t in (9, 11)]
+    assert moved(feed(steered, *bad)).epoch == 3
+
+    assert steered.handle(MoveFailed(at_s=12.0, epoch=3, reason="copying took too long")) == []
+    again = moved(steered.handle(Tick(at_s=13.0)))
+
+    assert again.is_roll_back
+    assert layers(again) == {"a": 4, "b": 4}
 
 
 def test_the_back_off_doubles_with_every_failure_of_a_cut() -> None:
@@ -574,7 +599,7 @@ def test_a_drained_node_is_released_when_it_holds_nothing() -> None:
 
     assert steered.handle(done(2.0, 2)) == [ReleaseNode(node="b")]
     assert feed(steered, Tick(at_s=3.0), *(window(float(t), 2) for t in range(4, 30, 2))) == []
-    assert steered.state.released == ("b",)
+    assert steered.state.drains == {"b": "released"}
 
     steered.handle(DrainCancelled(at_s=31.0, node="b"))
     joined = moved(feed(steered, window(32.0, 2), window(34.0, 2)))
@@ -596,8 +621,7 @@ def test_a_drain_waits_while_nothing_fits_without_the_node() -> None:
     steered = controller(*small)
 
     assert feed(steered, DrainRequested(at_s=1.0, node="b"), Tick(at_s=2.0)) == []
-    assert steered.state.draining == ("b",)
-    assert steered.state.released == ()
+    assert steered.state.drains["b"].startswith("waits: 8 layers need 8066 bytes")
 
     joined = NodeJoined(at_s=3.0, node="c", devices=(toy_device("c", memory_bytes=6000),))
     assert layers(moved(steered.handle(joined))) == {"a": 4, "c": 4}
@@ -618,7 +642,7 @@ def test_a_node_that_is_lost_while_it_drains_is_used_again_when_it_comes_back() 
     steered = controller(toy_device("a"), toy_device("b"))
     steered.handle(DrainRequested(at_s=1.0, node="b"))
     steered.handle(NodeLost(at_s=2.0, node="b", reason="switched off"))
-    assert steered.state.draining == ()
+    assert steered.state.drains == {}
 
 
 # Lanes.

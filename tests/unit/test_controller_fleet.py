@@ -186,9 +186,9 @@ class SteeredFleet(RuleBasedStateMachine):
         assert fleet.plan is not None
         check_plan(fleet, fleet.plan)
         assert not any(stage.node in fleet.away for stage in fleet.plan.stages)
-        undrained = [d for d in kept if d.node not in state.draining]
+        undrained = [d for d in kept if d.node not in state.drains]
         if self.best_over(undrained) is not None:
-            assert not any(stage.node in state.draining for stage in fleet.plan.stages)
+            assert not any(stage.node in state.drains for stage in fleet.plan.stages)
 
     def best_over(self, devices: list[Device]) -> StagesPlan | None:
         if not devices:
