@@ -21,6 +21,7 @@ from placement.errors import InfeasiblePlanError
 from placement.stages import StagePlacement, StagesPlan, plan_stages
 from placement.steering.log import replay
 from placement.steering.settings import ControllerSettings
+from placement.steering.speeds import slowed
 from placement.steering.values import DrainCancelled, DrainRequested, PlanRequested
 from placement.topology import Device, Link, Topology
 from placement.workload import DeviceOrder
@@ -28,6 +29,8 @@ from placement.workload import DeviceOrder
 NODES = ("u", "v", "w", "x", "y")
 SETTINGS = ControllerSettings(backoff_s=20.0, move_deadline_s=20.0, device_loss_window_s=30.0)
 MOST_MOVES_PER_DISTURBANCE = 2
+GRID_FRACTION = 0.05
+"""Plans are made with speeds in steps of 2 %, on the device that gains and the one that loses."""
 SETTLE_S = 400.0
 QUIET_S = 120.0
 
@@ -173,7 +176,7 @@ class SteeredFleet(RuleBasedStateMachine):
         state = fleet.controller.state
         kept = [
             d
-            for d in fleet.topology().devices
+            for d in fleet.devices.values()
             if d.node not in fleet.away and d.node not in fleet.released
         ]
         if state.phase == "halted":
@@ -187,18 +190,31 @@ class SteeredFleet(RuleBasedStateMachine):
         check_plan(fleet, fleet.plan)
         assert not any(stage.node in fleet.away for stage in fleet.plan.stages)
         undrained = [d for d in kept if d.node not in state.drains]
-        if self.best_over(undrained) is not None:
+        best = self.best_over(undrained)
+        if best is not None:
             assert not any(stage.node in state.drains for stage in fleet.plan.stages)
+            self.is_nearly_best(best)
+
+    def is_nearly_best(self, best: StagesPlan) -> None:
+        """No gain is left lying, or the controller says what is wrong with the way to it."""
+        assert self.fleet.plan is not None
+        gain = self.fleet.true_figures(self.fleet.plan).objective_value / best.objective_value - 1
+        why_not = self.fleet.controller.state.why_not
+        assert gain < SETTINGS.min_gain_fraction + GRID_FRACTION or any(
+            words in why_not for words in ("cannot be moved to", "does not pay")
+        )
 
     def best_over(self, devices: list[Device]) -> StagesPlan | None:
+        """Return the best plan over devices, at the speeds they were last seen to have."""
         if not devices:
             return None
+        seen = self.fleet.controller.state.slowness
         topology = self.fleet.topology()
         try:
             return plan_stages(
                 self.fleet.profile,
                 Topology(
-                    devices=tuple(devices),
+                    devices=tuple(slowed(d, seen.get(d.id, 1.0)) for d in devices),
                     links=topology.links,
                     default_link=topology.default_link,
                 ),
