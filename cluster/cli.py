@@ -58,21 +58,43 @@ def up(
     name: NameOption = None,
     http_port: Annotated[int | None, typer.Option(help="0 picks a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 picks a free one.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it is ready; it goes on.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, help="With --detach: seconds until it is ready.")
+    ] = 600.0,
     as_json: JsonFlag = False,
 ) -> None:
     """Bring a deployment up and keep it up until Ctrl-C, SIGTERM or `motley down`."""
     output = Output(as_json=as_json)
+    code = ExitCode.OK
     with reporting(output):
         from cluster.commands.settings import chosen_config
 
         settings, source = chosen_config(
             config, model, name=name, http_port=http_port, grpc_port=grpc_port
         )
-        # Ray and torch take seconds to import; settings that cannot work are refused before.
-        from cluster.commands.up import bring_up
-        from cluster.launch import run
+        if detach:
+            from cluster.commands.detach import bring_up_detached, up_command
 
-        bring_up(settings, source, output, run)
+            command = up_command(
+                ("--config", config),
+                ("--model", model),
+                ("--name", name),
+                ("--http-port", http_port),
+                ("--grpc-port", grpc_port),
+            )
+            code = bring_up_detached(command, settings.served_name, timeout_s, output)
+        else:
+            # Ray and torch take seconds to import; settings that cannot work are refused before.
+            from cluster.commands.up import bring_up
+            from cluster.launch import run
+
+            bring_up(settings, source, output, run)
+    # Outside, because typer's own exit counts as an expected failure there.
+    if code is not ExitCode.OK:
+        raise typer.Exit(code)
 
 
 @app.command()
