@@ -26,7 +26,7 @@ from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
 from cluster.gateway.auth import new_token, read_token
-from cluster.gateway.server import serve
+from cluster.gateway.server import GatewayHandle, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
@@ -56,6 +56,7 @@ class Deployment:
     dispatcher: Dispatcher
     fleet: Fleet
     tokenizer: Tokenizer
+    gateway: GatewayHandle
     http_url: str
     grpc_target: str
     token: str
@@ -151,6 +152,7 @@ async def deployment(
             dispatcher=dispatcher,
             fleet=fleet,
             tokenizer=tokenizer,
+            gateway=gateway,
             http_url=gateway.http_url,
             grpc_target=gateway.grpc_target,
             token=token,
