@@ -1,4 +1,4 @@
-"""Print the dependencies of a pyproject.toml, one a line, as `pip install -r` reads them."""
+"""Print the dependencies of a pyproject.toml, and of the extras named after it, one a line."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import tomllib
 from pathlib import Path
 
 
-def main(file: str) -> None:
-    """Write the project's dependencies to standard output."""
-    tree = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-    sys.stdout.writelines(f"{line}\n" for line in tree["project"]["dependencies"])
+def main(file: str, *extras: str) -> None:
+    """Write what `pip install -r` reads to standard output."""
+    project = tomllib.loads(Path(file).read_text(encoding="utf-8"))["project"]
+    wanted = list(project["dependencies"])
+    for extra in extras:
+        wanted += project["optional-dependencies"][extra]
+    sys.stdout.writelines(f"{line}\n" for line in wanted)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

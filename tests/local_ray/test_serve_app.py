@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 from leftovers import nothing_left_behind
 
 from cluster.backend import DeploymentStatus
@@ -20,6 +21,7 @@ pytest.importorskip("aiorwlock", reason="Ray Serve is not installed; the `serve`
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own use of pydantic
     from ray import serve
+    from ray.serve.schema import ServeDeploySchema
 
     from cluster.serve_app import NotReadyForLongError, Patience, build
 
@@ -99,6 +101,16 @@ def test_serve_finds_it_well(http: httpx.Client) -> None:
 
     assert application.status == "RUNNING"
     assert application.deployments["Gateway"].status == "HEALTHY"
+
+
+def test_serve_accepts_the_settings_of_the_shipped_rayservice() -> None:
+    manifest = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes" / "rayservice.yaml"
+    tree = yaml.safe_load(manifest.read_text(encoding="utf-8"))
+    settings = ServeDeploySchema.model_validate(yaml.safe_load(tree["spec"]["serveConfigV2"]))
+
+    [application] = settings.applications
+    assert application.import_path == f"{build.__module__}:{build.__name__}"
+    assert [deployment.name for deployment in application.deployments] == ["Gateway"]
 
 
 def test_a_deployment_may_be_unready_for_a_while_and_no_longer() -> None:

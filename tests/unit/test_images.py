@@ -128,12 +128,15 @@ def test_the_entry_point_is_the_command_line() -> None:
     assert 'exec /opt/motley/env/bin/python -P -m cluster "$@"' in script
 
 
-def test_the_requirements_are_those_of_the_project() -> None:
+def test_the_requirements_are_those_of_the_project_and_of_ray_serve() -> None:
+    [run] = [text for text in texts(DOCKER / "Dockerfile", "RUN") if "requirements.py" in text]
+    assert "requirements.py pyproject.toml serve" in run
     ran = subprocess.run(
-        [sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml"],
+        [sys.executable, DOCKER / "requirements.py", ROOT / "pyproject.toml", "serve"],
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    tree = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-    assert ran.stdout.splitlines() == tree["project"]["dependencies"]
-    assert len([line for line in ran.stdout.splitlines() if re.match(r"torch[<>=]", line)]) == 1
+    wanted = project["dependencies"] + project["optional-dependencies"]["serve"]
+    assert ran.stdout.splitlines() == wanted
+    assert len([line for line in wanted if re.match(r"torch[<>=]", line)]) == 1
