@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.version import Version
+from referencing import Registry, Resource
 
 from cluster.config import MotleyConfig, load_config
 from cluster.gateway.auth import check_token
@@ -106,32 +107,39 @@ def test_the_schema_refuses_what_kuberay_would(path: str, value: object) -> None
 
 
 @pytest.fixture(scope="module")
-def kubernetes() -> Object:
+def kubernetes() -> Registry:
     """Kubernetes' own definitions, in which unknown fields are refused."""
     package = pytest.importorskip(
         "kubernetes_validate", reason="the `test` extra brings Kubernetes' schemas"
     )
     folder = Path(package.__file__).parent / "kubernetes-json-schema" / KUBERNETES
-    return dict(json.loads((folder / "_definitions.json").read_text(encoding="utf-8")))
+    tree = json.loads((folder / "_definitions.json").read_text(encoding="utf-8"))
+    return Registry().with_resource("kubernetes", Resource.from_contents(tree))
 
 
-@pytest.mark.parametrize("name", [*CORE, *TEMPLATES])
-def test_kubernetes_knows_every_field(name: str, kubernetes: Object) -> None:
-    tree = OBJECTS.get(name) or TEMPLATES[name]
-    group, _, _ = tree.get("apiVersion", "v1").rpartition("/")
-    place = group.partition(".")[0] or "core"
-    kind = f"io.k8s.api.{place}.v1.{tree.get('kind', 'PodTemplateSpec')}"
-
-    jsonschema.validate(tree, kubernetes | {"$ref": f"#/definitions/{kind}"})
+def check(tree: Object, definition: str, kubernetes: Registry) -> None:
+    reference = {"$ref": f"kubernetes#/$defs/io.k8s.api.{definition}"}
+    jsonschema.Draft202012Validator(reference, registry=kubernetes).validate(tree)
 
 
-def test_kubernetes_would_refuse_a_field_it_does_not_know(kubernetes: Object) -> None:
+@pytest.mark.parametrize("name", CORE)
+def test_kubernetes_knows_every_field(name: str, kubernetes: Registry) -> None:
+    tree = CORE[name]
+    group, _, version = tree["apiVersion"].rpartition("/")
+    check(tree, f"{group.partition('.')[0] or 'core'}.{version}.{tree['kind']}", kubernetes)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_kubernetes_knows_every_field_of_a_pod(name: str, kubernetes: Registry) -> None:
+    check(TEMPLATES[name], "core.v1.PodTemplateSpec", kubernetes)
+
+
+def test_kubernetes_would_refuse_a_field_it_does_not_know(kubernetes: Registry) -> None:
     tree = json.loads(json.dumps(TEMPLATES["RayCluster motley head"]))
     tree["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalations"] = False
 
-    reference = {"$ref": "#/definitions/io.k8s.api.core.v1.PodTemplateSpec"}
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(tree, kubernetes | reference)
+    with pytest.raises(jsonschema.ValidationError, match="allowPrivilegeEscalations"):
+        check(tree, "core.v1.PodTemplateSpec", kubernetes)
 
 
 def test_the_serve_application_is_there() -> None:
@@ -161,7 +169,9 @@ def test_ray_asks_for_a_token_and_is_the_version_of_the_project(name: str) -> No
 
     assert cluster["authOptions"] == {"mode": "token"}
     assert Version(cluster["rayVersion"]) in Requirement("ray>=2.60,<2.61").specifier
-    assert Version(version("ray")).release[:2] == Version(cluster["rayVersion"]).release[:2]
+    assert (
+        Version(metadata.version("ray")).release[:2] == Version(cluster["rayVersion"]).release[:2]
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
