@@ -107,34 +107,35 @@ def test_the_schema_refuses_what_kuberay_would(path: str, value: object) -> None
 
 
 @pytest.fixture(scope="module")
-def kubernetes() -> Registry:
+def kubernetes() -> Registry[Any]:
     """Kubernetes' own definitions, in which unknown fields are refused."""
     package = pytest.importorskip(
         "kubernetes_validate", reason="the `test` extra brings Kubernetes' schemas"
     )
     folder = Path(package.__file__).parent / "kubernetes-json-schema" / KUBERNETES
     tree = json.loads((folder / "_definitions.json").read_text(encoding="utf-8"))
-    return Registry().with_resource("kubernetes", Resource.from_contents(tree))
+    registry: Registry[Any] = Registry()
+    return registry.with_resource("kubernetes", Resource.from_contents(tree))
 
 
-def check(tree: Object, definition: str, kubernetes: Registry) -> None:
+def check(tree: Object, definition: str, kubernetes: Registry[Any]) -> None:
     reference = {"$ref": f"kubernetes#/$defs/io.k8s.api.{definition}"}
     jsonschema.Draft202012Validator(reference, registry=kubernetes).validate(tree)
 
 
 @pytest.mark.parametrize("name", CORE)
-def test_kubernetes_knows_every_field(name: str, kubernetes: Registry) -> None:
+def test_kubernetes_knows_every_field(name: str, kubernetes: Registry[Any]) -> None:
     tree = CORE[name]
     group, _, version = tree["apiVersion"].rpartition("/")
     check(tree, f"{group.partition('.')[0] or 'core'}.{version}.{tree['kind']}", kubernetes)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_kubernetes_knows_every_field_of_a_pod(name: str, kubernetes: Registry) -> None:
+def test_kubernetes_knows_every_field_of_a_pod(name: str, kubernetes: Registry[Any]) -> None:
     check(TEMPLATES[name], "core.v1.PodTemplateSpec", kubernetes)
 
 
-def test_kubernetes_would_refuse_a_field_it_does_not_know(kubernetes: Registry) -> None:
+def test_kubernetes_would_refuse_a_field_it_does_not_know(kubernetes: Registry[Any]) -> None:
     tree = json.loads(json.dumps(TEMPLATES["RayCluster motley head"]))
     tree["spec"]["containers"][0]["securityContext"]["allowPrivilegeEscalations"] = False
 
