@@ -114,8 +114,8 @@ def kubernetes() -> Registry[Any]:
     )
     folder = Path(package.__file__).parent / "kubernetes-json-schema" / KUBERNETES
     tree = json.loads((folder / "_definitions.json").read_text(encoding="utf-8"))
-    registry: Registry[Any] = Registry()
-    return registry.with_resource("kubernetes", Resource.from_contents(tree))
+    registry: Registry[Any] = Registry().with_resource("kubernetes", Resource.from_contents(tree))
+    return registry
 
 
 def check(tree: Object, definition: str, kubernetes: Registry[Any]) -> None:
