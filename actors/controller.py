@@ -95,6 +95,8 @@ class ControllerShell:
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self.controller = controller
+        self.state = controller.state
+        """As it was after the last turn."""
         self._fleet = fleet
         self._hooks = hooks
         self._settings = settings
@@ -120,6 +122,11 @@ class ControllerShell:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
+
+    def what_if(self) -> tuple[StagesPlan | None, str]:
+        """Return what the controller would do now; waits for a move that is under way."""
+        with self.turn:
+            return self.controller.what_if()
 
     def tell(self, event: Callable[[float], Event]) -> None:
         """Queue an event, made at the time at which it is handled; from any thread."""
@@ -150,6 +157,7 @@ class ControllerShell:
             except Empty:
                 pass
             self._handle(Tick(at_s=self._now_s()))
+            self.state = self.controller.state
 
     def _lose(self, member: Member, reason: str) -> None:
         _log.error("%s", reason)

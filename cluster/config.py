@@ -52,7 +52,8 @@ class DeviceSpec(_Settings):
 
     id: str = Field(min_length=1)
     node: str = Field("local", min_length=1)
-    """"local" is the node that runs `motley up`; else a Ray node's address or host name."""
+    """"local" is the node that runs `motley up`; else a Ray node's address, host name or node
+    name, or NAME where Ray was started there with a resource `motley-node:NAME`."""
     kind: DeviceKind
     """cpu, cuda: real. paced: computes on the CPU and takes as long as its figures say."""
     flops_per_s: FlopsPerS | None = None

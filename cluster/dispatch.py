@@ -30,6 +30,7 @@ from cluster.backend import (
     Published,
     PublishFailed,
     StageStatus,
+    Steering,
     Unavailable,
 )
 from cluster.heard import take_message
@@ -118,6 +119,7 @@ class Dispatcher:
         self._lane_reported = asyncio.Event()
         self._publisher: Publisher | None = None
         self._heard_s: dict[str, float] = {}
+        self._steering: Steering | None = None
         self._interruption = ""
         """Why nothing moves, while a loss is being made good; requests are taken and wait."""
         self.tokens_sent = 0
@@ -223,7 +225,16 @@ class Dispatcher:
         return self._plan.to_json()
 
     def controller_json(self) -> dict[str, object] | None:
-        return None
+        return None if self._steering is None else self._steering.document()
+
+    def steering(self) -> Steering:
+        if self._steering is None:
+            raise self._refusal(self._unavailable or Unavailable("no controller", _LOST_RETRY_S))
+        return self._steering
+
+    def steer_by(self, steering: Steering) -> None:
+        """From now on this controller moves layers."""
+        self._steering = steering
 
     def adapter(self) -> AdapterStatus:
         return AdapterStatus() if self._publisher is None else self._publisher.current
@@ -280,6 +291,7 @@ class Dispatcher:
             lanes=tuple(self._lane_status(i) for i in sorted(self._lane_reports)),
             link_bytes=self._link_bytes(),
             adapter=self.adapter(),
+            controller=None if self._steering is None else self._steering.status(),
         )
 
     def lane_reports(self) -> dict[int, Mapping[str, Any]]:

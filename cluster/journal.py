@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import sqlite3
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import msgpack
 
@@ -47,7 +48,11 @@ class Journal:
     """
 
     def __init__(
-        self, file: Path, *, keep_s: float, unix_s: Callable[[], float] = time.time
+        self,
+        file: Path,
+        *,
+        keep_s: float,
+        unix_s: Callable[[], float] = lambda: datetime.now(UTC).timestamp(),
     ) -> None:
         """`keep_s` is for how long outputs are kept after a request has ended."""
         self._keep_s = keep_s
@@ -111,6 +116,6 @@ class Journal:
         with self._lock:
             self._connection.close()
 
-    def _execute(self, statement: str, values: tuple[object, ...]) -> list[tuple[object, ...]]:
+    def _execute(self, statement: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._connection.execute(statement, values).fetchall()

@@ -27,7 +27,7 @@ from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
 from cluster.gateway.auth import new_token, read_token
-from cluster.gateway.server import open_audit, serve
+from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
@@ -58,6 +58,7 @@ class Deployment:
     fleet: Fleet
     supervisor: Supervisor
     tokenizer: Tokenizer
+    gateway: GatewayHandle
     http_url: str
     grpc_target: str
     token: str = field(repr=False)
@@ -144,6 +145,7 @@ async def deployment(
         await dispatcher.connect(fleet.lane_addresses, host, adapter)
         fleets.push_async_callback(supervisor.stop)
         supervisor.start()
+        dispatcher.steer_by(supervisor)
         await _until_serving(dispatcher)
         # A full collection that walks torch and transformers stops every stream for 0.3 s.
         gc.freeze()
@@ -158,6 +160,7 @@ async def deployment(
             fleet=fleet,
             supervisor=supervisor,
             tokenizer=tokenizer,
+            gateway=gateway,
             http_url=gateway.http_url,
             grpc_target=gateway.grpc_target,
             token=token,

@@ -58,6 +58,11 @@ def state_file(name: str) -> Path:
     return run_folder() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
 
 
+def log_file(name: str) -> Path:
+    """Return the file that a deployment of `motley up --detach` logs to."""
+    return state_file(name).with_suffix(".log")
+
+
 def write_state(state: RunState) -> Path:
     """Write the deployment's file, which holds the token."""
     path = state_file(state.name)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -16,14 +18,17 @@ from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.controller import ControllerShell, Counters, Hooks, ShellSettings
+from actors.engine.requests import RequestError
 from actors.fleet import Fleet, Host
 from actors.moving import MoveReport
 from actors.wire import Address, WireError
+from cluster.backend import ControllerStatus
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
+from cluster.steering import controller_document, controller_status, cut_of
 from placement.controller import Controller
 from placement.stages import StagesPlan
 from placement.steering.values import (
@@ -58,6 +63,9 @@ class Supervisor:
         self._fleet = fleet
         self._dispatcher = dispatcher
         self._loop = asyncio.get_running_loop()
+        self._cuts = {plan.epoch: cut_of(plan)}
+        """Of all plans that have been in force, by epoch."""
+        self._unix_offset_s = datetime.now(UTC).timestamp() - time.monotonic()
         self._away: set[str] = set()
         """Nodes that the controller was told are lost."""
         self._looking: asyncio.Task[None] | None = None
@@ -113,33 +121,27 @@ class Supervisor:
             self._giving_up.cancel()
         await asyncio.to_thread(self._shell.stop)
 
-    def state_json(self) -> dict[str, Any]:
-        """Return what the controller shows of itself."""
-        return self._shell.controller.state.to_json()
+    def status(self) -> ControllerStatus:
+        return controller_status(self._shell.state)
 
-    def what_if(self) -> tuple[StagesPlan | None, str]:
-        """Return the plan that would be best now, and what there is to say of it."""
-        return self._shell.controller.what_if()
+    def document(self) -> dict[str, Any]:
+        return controller_document(self._shell.state, self._cuts, self._unix_offset_s)
+
+    async def would_move(self) -> dict[str, object]:
+        plan, verdict = await asyncio.to_thread(self._shell.what_if)
+        return {"verdict": verdict, "cut": None if plan is None else cut_of(plan)}
 
     def rebalance(self) -> None:
-        """Ask for the best plan now."""
         self._shell.tell(lambda now_s: PlanRequested(at_s=now_s))
 
-    def drain(self, node: str, *, cancel: bool = False) -> None:
-        """Let a node hold nothing, or use it again.
-
-        Raises:
-            ValueError: There is no such node.
-        """
-        name = self._known_node(node)
-        kind = DrainCancelled if cancel else DrainRequested
-        self._shell.tell(lambda now_s: kind(at_s=now_s, node=name))
-
-    def _known_node(self, node: str) -> str:
+    def drain(self, node: str, *, cancel: bool) -> None:
         nodes = {device.node for device in self._topology.devices}
         if node not in nodes:
-            raise ValueError(f"no device is on node {node}; nodes: {', '.join(sorted(nodes))}")
-        return node
+            raise RequestError(
+                f"no device is on node {node}; nodes: {', '.join(sorted(nodes))}", "node"
+            )
+        kind = DrainCancelled if cancel else DrainRequested
+        self._shell.tell(lambda now_s: kind(at_s=now_s, node=node))
 
     def _say(self, what: Callable[..., None], *arguments: Any) -> None:
         """Say something on the event loop; the shell calls from its own thread."""
@@ -171,6 +173,7 @@ class Supervisor:
         if self._giving_up is not None:
             self._giving_up.cancel()
             self._giving_up = None
+        self._cuts[plan.epoch] = cut_of(plan)
         self._dispatcher.use_plan(plan)
         self._dispatcher.accept()
 

@@ -121,6 +121,11 @@ class Controller:
         load = load_of(self._windows)
         return load.running if load else 0.0
 
+    @property
+    def away(self) -> tuple[str, ...]:
+        """Nodes that are lost and have not joined again."""
+        return self._fleet.away
+
     def handle(self, event: Event) -> list[Command]:
         """Take in an event; returns what to do about it, in order."""
         # An event that comes late does not turn time back.
@@ -350,7 +355,7 @@ class Controller:
             if is_requested:
                 self._why_not = standing.needs_mending() or "a move is under way"
             return []
-        if self._trial is not None and not is_requested:
+        if not is_requested and (self._trial is not None or not self._settings.moves_for_gain):
             return []
         proposal = self._next_proposal()
         if proposal is None:

@@ -7,6 +7,7 @@
     GET  /health          alive
     GET  /ready           200 when every stage is active, else 503 with the progress
     GET  /status          GET  /plan  GET  /metrics  GET  /dashboard.json
+    GET  /controller      POST /controller/rebalance  POST /controller/drain
 
 Which scope each needs stands beside it in `_Routes`; one without cannot be added.
 
@@ -32,6 +33,7 @@ from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.access import PUBLIC_PATHS, Access, Forbidden, Need, Unauthenticated
+from cluster.gateway.controller_routes import ControllerRoutes
 from cluster.gateway.dashboard_routes import DashboardRoutes
 from cluster.gateway.http_guard import (
     AccessMiddleware,
@@ -129,6 +131,7 @@ class _Routes:
         self._request_limit = request_limit
         self._adapter_limit = adapter_limit
         self._dashboard = DashboardRoutes(service)
+        self._controller = ControllerRoutes(service, request_limit)
         self._new_id = new_id
         self._clock_unix_s = clock_unix_s
 
@@ -137,6 +140,9 @@ class _Routes:
         routes: list[tuple[str, str, Need, Callable[..., Awaitable[Response]]]] = [
             ("GET", "/", "public", self._dashboard.page),
             ("GET", "/dashboard.json", "any", self._dashboard.document),
+            ("GET", "/controller", "any", self._controller.state),
+            ("POST", "/controller/rebalance", "admin", self._controller.rebalance),
+            ("POST", "/controller/drain", "admin", self._controller.drain),
             ("GET", "/health", "public", self.health),
             ("GET", "/ready", "any", self.ready),
             ("GET", "/status", "any", self.status),

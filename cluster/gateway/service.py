@@ -133,6 +133,23 @@ class GatewayService:
     def controller(self) -> dict[str, object] | None:
         return self._backend.controller_json()
 
+    async def would_move(self) -> dict[str, object]:
+        """Return what the controller would do now."""
+        return await self._backend.steering().would_move()
+
+    async def rebalance(self) -> dict[str, object]:
+        """Have the best plan now; returns what that is."""
+        steering = self._backend.steering()
+        would = await steering.would_move()
+        async with on_record(self._audit, "rebalance", verdict=str(would["verdict"])):
+            steering.rebalance()
+        return would
+
+    async def drain_node(self, node: str, *, cancel: bool) -> None:
+        """Let a node hold nothing, or use it again."""
+        async with on_record(self._audit, "drain", node=node, cancel=cancel):
+            self._backend.steering().drain(node, cancel=cancel)
+
     async def status(self) -> DeploymentStatus:
         """Return a snapshot; a deployment that does not answer in time is not ready."""
         try:

@@ -35,6 +35,11 @@ class Fleet:
         return tuple(self._draining)
 
     @property
+    def away(self) -> tuple[str, ...]:
+        """Nodes that are lost."""
+        return tuple(self._away)
+
+    @property
     def released(self) -> tuple[str, ...]:
         return tuple(node for node, is_released in self._draining.items() if is_released)
 

@@ -20,6 +20,8 @@ class ControllerSettings:
     device_order: DeviceOrder = "given"
     headroom_fraction: float = 0.1
 
+    moves_for_gain: bool = True
+    """False: layers move for losses, drains and requests alone."""
     min_gain_fraction: float = 0.1
     """A cut is worth looking at when old over new objective exceeds 1 by this much."""
     confirm_windows: int = 2

@@ -225,7 +225,7 @@ async def measure_recovery(quick: bool) -> list[Figure]:
         now_s = time.monotonic()
         after = load.rate(now_s - settle_s, now_s)
         recovered_s = _recovered_s(load, slowed_s, SHARE_OF_OPTIMUM * optimum)
-        state = running.supervisor.state_json()
+        state = running.supervisor.document()
     for record in state["moves"]:
         print(
             f"move to plan {record['epoch']}: {record['reason']}; pause {record['pause_s']} s, "

@@ -110,7 +110,7 @@ async def test_requests_go_on_with_the_same_tokens(
         actual = texts(await calls)
 
     assert actual == expected
-    assert served.running.supervisor.state_json()["phase"] != "halted"
+    assert served.running.supervisor.document()["phase"] != "halted"
     assert lost not in served.running.fleet.members
     status = await asyncio.to_thread(served.wait_until, lambda status: status.ready)
     assert status.epoch == (1 if name.startswith("stage") else 0)

@@ -15,6 +15,8 @@ from cluster.backend import (
     ModelInfo,
     Published,
     StageStatus,
+    Steering,
+    Unavailable,
 )
 from placement.stages import StagesPlan, plan_stages
 from placement.topology import Device, Link, Topology
@@ -107,6 +109,9 @@ class HomeLab:
 
     def plan_json(self) -> dict[str, object]:
         return self.plan.to_json()
+
+    def steering(self) -> Steering:
+        raise Unavailable("no controller", 1.0)
 
     def controller_json(self) -> dict[str, object] | None:
         return self.controller
