@@ -17,6 +17,7 @@ from typing import Any
 import msgpack
 
 from actors.engine.requests import Request, RequestOutput
+from cluster.runstate import run_folder
 
 _TABLE = """
 CREATE TABLE IF NOT EXISTS requests (
@@ -28,6 +29,11 @@ CREATE TABLE IF NOT EXISTS requests (
 )
 """
 _BUSY_TIMEOUT_S = 5.0
+
+
+def journal_file(deployment: str) -> Path:
+    """Return where a deployment of this name writes down what it has accepted."""
+    return run_folder() / f"{deployment}.requests.sqlite3"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +77,7 @@ class Journal:
         """Write a request down before it runs."""
         body = msgpack.packb(request.to_wire())
         self._execute(
-            "INSERT INTO requests VALUES (?, ?, ?, NULL, ?)",
+            "INSERT OR REPLACE INTO requests VALUES (?, ?, ?, NULL, ?)",
             (request.id, owner, body, self._unix_s()),
         )
 

@@ -30,9 +30,11 @@ from cluster.gateway.auth import new_token, read_token
 from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
+from cluster.journal import Journal, journal_file
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
 from cluster.profile import LOCAL
 from cluster.ray_session import STOP_SIGNALS, ray_session
+from cluster.resuming import Resuming
 from cluster.supervision import Supervisor
 from placement.stages import StagesPlan, split_verdict
 from placement.topology import Device
@@ -123,7 +125,15 @@ async def deployment(
         fleets = await stack.enter_async_context(AsyncExitStack())
         audit = open_audit(config.gateway, config.served_name)
         stack.callback(audit.close)
-        gateway = await serve(dispatcher, tokenizer, config.gateway, token, audit=audit)
+        resuming = Resuming(
+            dispatcher.generate,
+            Journal(journal_file(config.served_name), keep_s=config.gateway.resume_keep_s),
+            grace_s=config.gateway.resume_grace_s,
+        )
+        stack.push_async_callback(resuming.close)
+        gateway = await serve(
+            dispatcher, tokenizer, config.gateway, token, audit=audit, resuming=resuming
+        )
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
             devices={device.id: device for device in topology.devices},
@@ -147,6 +157,9 @@ async def deployment(
         supervisor.start()
         dispatcher.steer_by(supervisor)
         await _until_serving(dispatcher)
+        num_recalled = resuming.recall()
+        if num_recalled:
+            _log.info("%d requests that had been accepted go on", num_recalled)
         # A full collection that walks torch and transformers stops every stream for 0.3 s.
         gc.freeze()
         stack.callback(gc.unfreeze)

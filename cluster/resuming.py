@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from actors.engine.requests import Request, RequestError, RequestOutput
+from cluster.backend import Unavailable
 from cluster.journal import Journal
 
 _log = logging.getLogger(__name__)
+_RETRY_S = 2.0
 Generate = Callable[[Request], AsyncGenerator[RequestOutput, None]]
 
 
@@ -74,9 +77,8 @@ class Resuming:
         named = self._named.get(request.id)
         if named is None:
             named = self._named[request.id] = _Named(request, owner)
-            await asyncio.to_thread(self._journal.accept, request, owner)
-            self._start(named)
-        elif (named.request, named.owner) != (request, owner):
+            await self._accept(named)
+        elif not _is_same(named, request, owner):
             raise RequestError(
                 f"request id `{request.id}` is another request's; choose another", "request_id"
             )
@@ -89,20 +91,23 @@ class Resuming:
         named = self._named.get(request_id)
         return None if named is None or named.has_ended else named.owner
 
-    def sweep(self) -> None:
-        """Forget what ended long ago; to be called now and then."""
-        for request_id in self._journal.forget_old():
-            self._named.pop(request_id, None)
-
-    async def close(self) -> None:
-        """Stop all; what has not ended is in the journal."""
-        for named in self._named.values():
+    async def suspend(self) -> None:
+        """Stop all; what has not ended is in the journal, and goes on from there."""
+        live = [named for named in self._named.values() if not named.has_ended]
+        for named in live:
             if named.giving_up is not None:
                 named.giving_up.cancel()
-        tasks = [named.running for named in self._named.values() if named.running is not None]
-        for task in tasks:
-            task.cancel()
+            named.error = Unavailable(
+                "the gateway is shutting down; send the request again under its name", _RETRY_S
+            )
+            if named.running is not None:
+                named.running.cancel()
+        tasks = [named.running for named in live if named.running is not None]
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop all, and close the journal."""
+        await self.suspend()
         self._journal.close()
 
     async def _listen(self, named: _Named) -> AsyncGenerator[RequestOutput, None]:
@@ -127,6 +132,16 @@ class Resuming:
             if not named.num_listeners and not named.has_ended:
                 self._wait_for_listener(named)
 
+    async def _accept(self, named: _Named) -> None:
+        try:
+            await asyncio.to_thread(self._journal.accept, named.request, named.owner)
+        except sqlite3.Error as error:
+            del self._named[named.request.id]
+            named.error = Unavailable(f"the request cannot be written down: {error}", _RETRY_S)
+            named.tell()
+        else:
+            self._start(named)
+
     def _start(self, named: _Named) -> None:
         named.running = asyncio.create_task(self._run(named))
 
@@ -138,7 +153,9 @@ class Resuming:
                     named.outputs.append(output)
                     named.tell()
             named.has_ended = True
+            named.tell()
             await asyncio.to_thread(self._journal.finish, request_id, named.outputs)
+            await self._sweep()
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - raised to whoever listens
@@ -147,6 +164,11 @@ class Resuming:
             await asyncio.to_thread(self._journal.forget, request_id)
         finally:
             named.tell()
+
+    async def _sweep(self) -> None:
+        """Forget what ended long ago."""
+        for request_id in await asyncio.to_thread(self._journal.forget_old):
+            self._named.pop(request_id, None)
 
     def _wait_for_listener(self, named: _Named) -> None:
         loop = asyncio.get_running_loop()
@@ -160,3 +182,8 @@ class Resuming:
         if named.running is not None:
             named.running.cancel()
         self._journal.forget(named.request.id)
+
+
+def _is_same(named: _Named, request: Request, owner: str) -> bool:
+    """Whether a request has come again; how much time its client gives it may differ."""
+    return named.owner == owner and replace(named.request, deadline_s=request.deadline_s) == request

@@ -139,6 +139,8 @@ class Request:
     n: int = 1
     deadline_s: float | None = None
     """Seconds from arrival after which the request is ended with what it has."""
+    is_named: bool = False
+    """Its client has chosen the id, and may send it again."""
     progress: tuple[tuple[int, ...] | None, ...] = ()
     """Of a request that goes on after a lane was lost: for each choice the tokens that were drawn,
     or None when it has ended. Empty: it begins."""
@@ -159,6 +161,7 @@ class Request:
             "sampling": self.sampling.to_wire(),
             "n": self.n,
             "deadline_s": self.deadline_s,
+            "is_named": self.is_named,
             "progress": self.progress,
         }
 
@@ -178,6 +181,7 @@ class Request:
             sampling=SamplingParams.from_wire(value["sampling"]),
             n=value["n"],
             deadline_s=value["deadline_s"],
+            is_named=bool(value.get("is_named")),
             progress=tuple(None if p is None else tuple(p) for p in value.get("progress", ())),
         )
 

@@ -58,6 +58,8 @@ from cluster.gateway.sse import EventStream
 from cluster.telemetry import METRICS_CONTENT_TYPE
 
 _RETRY_READY_S = 2.0
+_NAME_HEADER = "idempotency-key"
+"""Of a request that its client may send again; see `cluster.resuming`."""
 _CLIENT_CLOSED = 499  # nginx's code; nobody is left to read it
 
 
@@ -169,12 +171,16 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         body = await read_body(request, CompletionBody, limit=self._request_limit)
-        call = await completion_call(self._service, body, self._head("cmpl"))
+        name = request.headers.get(_NAME_HEADER)
+        head = self._head("cmpl", name)
+        call = await completion_call(self._service, body, head, is_named=name is not None)
         return await self._answer(request, call, stream=bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
         body = await read_body(request, ChatBody, limit=self._request_limit)
-        call = await chat_call(self._service, body, self._head("chatcmpl"))
+        name = request.headers.get(_NAME_HEADER)
+        head = self._head("chatcmpl", name)
+        call = await chat_call(self._service, body, head, is_named=name is not None)
         return await self._answer(request, call, stream=bool(body.stream))
 
     async def _answer(self, request: Request, call: Call, *, stream: bool) -> Response:
@@ -182,9 +188,9 @@ class _Routes:
             return EventStream(streamed(self._service, call))
         return JSONResponse(await until_disconnect(request.receive, whole(self._service, call)))
 
-    def _head(self, prefix: str) -> AnswerHead:
+    def _head(self, prefix: str, name: str | None) -> AnswerHead:
         return AnswerHead(
-            id=f"{prefix}-{self._new_id()}",
+            id=f"{prefix}-{self._new_id() if name is None else name}",
             created_unix_s=self._clock_unix_s(),
             model=self._service.model_info().name,
         )

@@ -60,6 +60,7 @@ async def test_every_route_but_health_and_the_empty_page_wants_the_token(
     assert {path for _, path in routes} == {
         "/health", "/ready", "/status", "/plan", "/metrics", "/v1/models", "/v1/models/x",
         "/v1/completions", "/v1/chat/completions", "/v1/adapter", "/", "/dashboard.json",
+            "/controller", "/controller/rebalance", "/controller/drain",
     }  # fmt: skip
     elsewhere = [("GET", "/docs"), ("GET", "/openapi.json"), ("GET", "/no"), ("PUT", "/v1/models")]
     almost = [("GET", "/health/"), ("GET", "/HEALTH"), ("GET", "//health"), ("GET", "/health/../x")]
