@@ -11,7 +11,7 @@ scope; 130 interrupted.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -67,6 +67,10 @@ def up(
     timeout_s: Annotated[
         float, typer.Option("--timeout", min=1, help="With --detach: seconds until it is ready.")
     ] = 600.0,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(help="Log to stderr from this level on; with --detach: info, to a file."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Bring a deployment up and keep it up until Ctrl-C, SIGTERM or `motley down`."""
@@ -87,13 +91,17 @@ def up(
                 ("--name", name),
                 ("--http-port", http_port),
                 ("--grpc-port", grpc_port),
+                ("--log-level", log_level or "info"),
             )
             code = bring_up_detached(command, settings.served_name, timeout_s, output)
         else:
             # Ray and torch take seconds to import; settings that cannot work are refused before.
             from cluster.commands.up import bring_up
             from cluster.launch import run
+            from cluster.telemetry import configure_logging
 
+            if log_level is not None:
+                configure_logging(log_level)
             bring_up(settings, source, output, run)
     # Outside, because typer's own exit counts as an expected failure there.
     if code is not ExitCode.OK:

@@ -142,7 +142,9 @@ def test_a_detached_deployment_serves_until_it_is_taken_down(motley: CommandLine
         again = motley.run("up", "--detach", "--json")
         assert again.returncode == 1
         assert "already runs as process" in json.loads(again.stdout)["error"]["message"]
-        assert told[-2]["token"] not in log.read_text(encoding="utf-8")
+        logged = log.read_text(encoding="utf-8")
+        assert f"serving HTTP on {told[-2]['http_url']}" in logged
+        assert told[-2]["token"] not in logged
     finally:
         down = motley.run("down", "--json")
     assert json.loads(down.stdout)["stopped"] is True
