@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from hosts import Host, HostProcess, Network, wait_until
 
 SSH_TIMEOUT_S = 30.0
 SERVER = "/usr/sbin/sshd"
+_SKELETON = Path("/etc/skel")
+"""What the home of a new user holds."""
 _SERVER_SETTINGS = """
 HostKey /tmp/host_key
 AuthorizedKeysFile /tmp/authorized_keys
@@ -17,7 +20,7 @@ StrictModes no
 UsePAM no
 PasswordAuthentication no
 PermitRootLogin prohibit-password
-SetEnv OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 LANG=C.UTF-8
+SetEnv OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 LANG=C.UTF-8 RAY_gcs_rpc_server_reconnect_timeout_s=5
 """
 # The environment is there already, and hosts reach no package index: what would install is noted.
 _PROGRAMS = {
@@ -39,7 +42,10 @@ def serve_ssh(host: Host, public_key: str) -> HostProcess:
     """Let the key's owner log in to a host as `motley`, who finds ~/motley/env there."""
     (host.folder / "authorized_keys").write_text(public_key, encoding="ascii")
     (host.folder / "sshd_config").write_text(_SERVER_SETTINGS, encoding="ascii")
-    programs = host.folder / "home" / "motley" / "env" / "bin"
+    home = host.folder / "home"
+    if _SKELETON.is_dir():
+        shutil.copytree(_SKELETON, home, dirs_exist_ok=True)
+    programs = home / "motley" / "env" / "bin"
     programs.mkdir(parents=True)
     for name, command in _PROGRAMS.items():
         (programs / name).write_text(f"#!/bin/sh\n{command}\n", encoding="utf-8")
