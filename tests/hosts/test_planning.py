@@ -34,7 +34,7 @@ def measured_plan(cluster: HostRay, config: str) -> tuple[dict[str, float], list
         f"{link['source_node']} to {link['target_node']}": link["bandwidth_bytes_per_s"]
         for link in json.loads(profiled.stdout)["links"]
     }
-    return rates, [stage["node"] for stage in json.loads(planned.stdout)["stages"]]
+    return rates, [stage["node"] for stage in json.loads(planned.stdout)["plan"]["stages"]]
 
 
 def test_a_measured_slow_link_makes_the_plan_cross_less(cluster: HostRay, lan: Network) -> None:

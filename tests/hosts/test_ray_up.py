@@ -66,7 +66,7 @@ def test_the_lan_cluster_comes_up_serves_a_job_and_goes_down(lan: Network) -> No
 
     operator.run("ray", "up", "--yes", "/tmp/lan.yaml", timeout_s=DEADLINE_S)
     try:
-        wait_until(lambda: has_joined(operator, nodes), DEADLINE_S, lambda: status_of(operator))
+        wait_until(lambda: all_joined(operator, nodes), DEADLINE_S, lambda: status_of(operator))
         with dashboard(operator):
             check_it_serves(operator, head)
     finally:
@@ -80,8 +80,9 @@ def status_of(operator: Host) -> str:
     return operator.run("ray", "exec", "/tmp/lan.yaml", "ray status", check=False).stdout
 
 
-def has_joined(operator: Host, nodes: Network) -> bool:
-    return len(re.findall(r"(?m)^ 1 (node_|local)", status_of(operator))) == len(nodes)
+def all_joined(operator: Host, nodes: Network) -> bool:
+    counts = re.findall(r"(?m)^ (\d+) (?:local|node_)", status_of(operator))
+    return sum(map(int, counts)) == len(nodes)
 
 
 def has_only_ssh(host: Host) -> bool:
