@@ -8,9 +8,11 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from host_cases import TEXTS, in_one_process, staged
 from host_ray import reached, share_token
@@ -73,7 +75,11 @@ def test_the_lan_cluster_comes_up_serves_a_job_and_goes_down(lan: Network) -> No
         operator.run("ray", "down", "--yes", "/tmp/lan.yaml", timeout_s=DEADLINE_S)
     for host in nodes.values():
         assert "uv pip install" in (host.folder / "home" / "installed.log").read_text("utf-8")
-        wait_until(lambda host=host: has_only_ssh(host), DEADLINE_S)  # type: ignore[misc]
+    wait_until(lambda: has_only_ssh(head), DEADLINE_S, lambda: head.processes())
+    # `ray down` stops the head alone; the others end when they miss it. What they leave waits for
+    # the next `ray stop` there.
+    for name in NODES[1:]:
+        wait_until(lambda name=name: not has_ray(lan[name]), DEADLINE_S)  # type: ignore[misc]
 
 
 def status_of(operator: Host) -> str:
@@ -87,6 +93,11 @@ def all_joined(operator: Host, nodes: Network) -> bool:
 
 def has_only_ssh(host: Host) -> bool:
     return set(host.processes()) == set(host.processes(b"sshd", SERVER.encode()))
+
+
+def has_ray(host: Host) -> bool:
+    programs = Path(ray.__file__).parent / "core" / "src"
+    return bool(host.processes(f"{programs}/".encode(), b"ray::StageWorker", b"ray::DecodeWorker"))
 
 
 @contextmanager
