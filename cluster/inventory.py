@@ -20,12 +20,13 @@ from actors.engine.measure import QUICK, QUICK_ROWS
 from actors.fleet import Host
 from actors.link_timer import ProbeError
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from cluster.planning import declared_device, dtype_bytes, topology_of
+from cluster.planning import dtype_bytes
 from cluster.probes import Probes
 from cluster.profile import (
     LOCAL,
     assemble,
     declared_profile,
+    known_topology,
     measured_topology,
 )
 from cluster.profile_cache import ProfileCache, fingerprint
@@ -106,7 +107,7 @@ def find_topology(config: MotleyConfig, hosts: Mapping[str, Host]) -> Topology:
     """
     specs = find_specs(config, hosts)
     if not any(spec.missing_figures for spec in specs):
-        return topology_of(config, [declared_device(spec) for spec in specs])
+        return known_topology(config.model_copy(update={"devices": tuple(specs)}))
     checkpoint = Checkpoint.open(
         config.model, allow_unverified=config.engine.allow_unverified_architectures
     )
