@@ -331,7 +331,8 @@ class Controller:
         if wanted := self._standing.roll_back_to:
             plan = self._targets.priced(wanted, topology)
             if plan is not None:
-                return self._send(plan, reason, is_roll_back=True)
+                is_recovery = bool(self._standing.lost)
+                return self._send(plan, reason, is_recovery=is_recovery, is_roll_back=True)
         has_failed = self._patience.backoff_s(cut_of(best), self._now_s) > 0
         plan = self._options.mended(topology, best, has_failed=has_failed)
         return self._send(plan, reason, is_recovery=self._standing.in_force is not None)

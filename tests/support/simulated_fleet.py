@@ -201,6 +201,7 @@ class SimulatedFleet:
             check_plan(self, command.plan)
             self._tasks.append(_Task(command, self.now_s + self.delay_s + self.work_s))
         elif isinstance(command, ReleaseNode):
+            assert command.node not in self.holding_nodes()
             self.released.add(command.node)
 
     def _work(self) -> None:
@@ -234,6 +235,11 @@ class SimulatedFleet:
     @property
     def serves(self) -> bool:
         return self.plan is not None and not self.dead & {s.device_id for s in self.plan.stages}
+
+    def holding_nodes(self) -> set[str]:
+        """Return the nodes with live stages of the plan that really serves."""
+        stages = self.plan.stages if self.plan else ()
+        return {stage.node for stage in stages if stage.device_id not in self.dead}
 
     def topology(self, *, slow: bool = True) -> Topology:
         """Return every device, as it really is."""

@@ -138,10 +138,13 @@ class SteeredFleet(RuleBasedStateMachine):
         self.disturb().rate_of = lambda plan: odd_rate if plan.stages[0].num_layers % 2 else 1.0
         self.fleet.run(then_s)
 
-    @rule(num=st.integers(1, 2), then_s=pauses)
-    def drop_answers(self, num: int, then_s: float) -> None:
+    @rule(num=st.integers(1, 2), index=indices, then_s=pauses)
+    def drop_answers(self, num: int, index: int, then_s: float) -> None:
+        """Lose the next answers, most often one to the move off a device that slows down."""
         self.disturbances += num
         self.fleet.answers_to_drop = num
+        if self.fleet.serves:
+            self.disturb().slow(self.a_stage(index).device_id, 4.0)
         self.fleet.run(then_s)
 
     @rule(delay_s=st.sampled_from([0.0, 0.5, 3.0, 9.0]), work_s=st.sampled_from([0.5, 4.0]))
@@ -229,7 +232,7 @@ def test_a_steered_fleet_comes_to_rest_whatever_happens() -> None:
     run_state_machine_as_test(
         SteeredFleet,
         settings=settings(
-            max_examples=40,
+            max_examples=60,
             stateful_step_count=25,
             deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
