@@ -16,7 +16,8 @@ import pytest
         ("cluster.gateway.service", {"torch", "ray", "transformers", "grpc", "fastapi"}),
         ("cluster.gateway.server", {"torch", "ray", "transformers"}),
         (
-            "cluster.gateway.settings, cluster.gateway.auth",
+            "cluster.gateway.settings, cluster.gateway.auth, cluster.gateway.access, cluster.keys, "
+            "cluster.audit, cluster.rates, cluster.commands.keys",
             {"torch", "ray", "grpc", "fastapi", "tokenizers"},
         ),
     ],
