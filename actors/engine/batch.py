@@ -50,6 +50,14 @@ class Rows(NamedTuple):
     """The blocks that hold positions [0, start + length)."""
 
 
+class StepBounds(NamedTuple):
+    """What a stage can hold, so that a step which does not fit is refused before it runs."""
+
+    vocab_size: int
+    num_blocks: int
+    block_tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step of one lane.
@@ -85,6 +93,30 @@ class StepBatch:
     def num_head_rows(self) -> int:
         scored = sum(self.rows[i].length for i, _ in self.prompt_logprobs)
         return len(self.drawn) + scored
+
+    def check_within(self, bounds: StepBounds) -> None:
+        """Raise ValueError for a token or block that the stage has not.
+
+        On a card an index out of bounds would end the process, and every request with it.
+        """
+        scored = (token for targets in self.targets for token in targets)
+        worst = max((*self.tokens, *scored), default=0)
+        if worst >= bounds.vocab_size:
+            raise ValueError(
+                f"step {self.step} holds token id {worst}; the model has {bounds.vocab_size}"
+            )
+        copied = (block for pair in self.copies for block in pair)
+        block = max((*copied, *(block for rows in self.rows for block in rows.blocks)), default=0)
+        if block >= bounds.num_blocks:
+            raise ValueError(
+                f"step {self.step} names block {block}; the stage has {bounds.num_blocks} a lane"
+            )
+        for rows in self.rows:
+            if rows.start + rows.length > len(rows.blocks) * bounds.block_tokens:
+                raise ValueError(
+                    f"step {self.step}: {rows.start + rows.length} positions in {len(rows.blocks)} "
+                    f"blocks of {bounds.block_tokens}"
+                )
 
     def encode(self) -> bytes:
         data: bytes = msgpack.packb(

@@ -12,7 +12,7 @@ import torch
 
 from actors.engine import sampling
 from actors.engine.attention import ATTENTION_NAME, KVCache, PagedRows
-from actors.engine.batch import StepBatch, StepResult
+from actors.engine.batch import StepBatch, StepBounds, StepResult
 from actors.engine.checkpoint import EMBEDDING, HEAD, Checkpoint, TensorInfo
 from actors.engine.config import EngineConfig
 from actors.engine.lora import SliceAdapters
@@ -70,6 +70,7 @@ class StageSlice:
         self.adapters = SliceAdapters(
             {f"model.layers.{i}": layer for i, layer in enumerate(self.layers, start=first_layer)}
         )
+        self._bounds = StepBounds(checkpoint.vocab_size, num_kv_blocks, config.kv_block_tokens)
         attention = self.layers[0].self_attn
         self.kv = [
             KVCache(
@@ -109,6 +110,7 @@ class StageSlice:
 
         Runs with the adapter version that the step names.
         """
+        batch.check_within(self._bounds)
         self.adapters.use(batch.adapter_version)
         cache = self.kv[batch.lane]
         cache.copy_blocks(batch.copies)
