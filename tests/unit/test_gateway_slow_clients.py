@@ -14,6 +14,8 @@ import httpx
 import pytest
 
 from cluster.client import AsyncMotleyClient, Overloaded
+from protos import motley_pb2 as pb
+from protos import motley_pb2_grpc
 
 if TYPE_CHECKING:
     from cluster.gateway.server import GatewayHandle
@@ -178,3 +180,45 @@ async def test_metadata_above_the_limit_is_refused(channel: Any, metadata: Any) 
     )
 
     assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_rpc_whose_responses_are_not_read_is_ended(
+    gateway_with: GatewayFactory, backend: FakeBackend, metadata: Any
+) -> None:
+    backend.reply = "x" * 60
+    options = pb.SamplingOptions(max_tokens=60, logprobs=20)
+    request = pb.GenerateRequest(text="ab", n=32, sampling=options)
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
+    async with (
+        gateway_with(body_timeout_s=SOON_S) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_target, options=small_window) as channel,
+    ):
+        call = motley_pb2_grpc.MotleyStub(channel).Generate(request, metadata=metadata)
+        await call.read()
+        async with asyncio.timeout(LONG_S):
+            while not backend.closed:  # noqa: ASYNC110  # the fake has no event for it
+                await asyncio.sleep(0.01)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "nothing was read for 0.2 s" in str(caught.value.details())
+
+
+async def test_a_client_that_reads_slowly_and_goes_on_is_served(
+    gateway_with: GatewayFactory, backend: FakeBackend, metadata: Any
+) -> None:
+    backend.reply = "x" * 20
+    request = pb.GenerateRequest(text="ab", sampling=pb.SamplingOptions(max_tokens=20))
+    async with (
+        gateway_with(body_timeout_s=SOON_S) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_target) as channel,
+    ):
+        call = motley_pb2_grpc.MotleyStub(channel).Generate(request, metadata=metadata)
+        texts = []
+        async for response in call:
+            texts.append(response.text)
+            await asyncio.sleep(3 * SOON_S / 20)
+
+    assert "".join(texts) == "x" * 20
