@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
+from queue import SimpleQueue
 
 import msgpack
 import ray
@@ -24,8 +26,10 @@ from actors.engine.requests import Request, RequestOutput
 from actors.loop import ServingLoop
 
 _log = logging.getLogger(__name__)
-_POLL_S = 0.2
+_POLL_S = 0.05
+_HELD_POLL_S = 0.001
 _REPORT_EVERY_S = 0.25
+_ORDER_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,9 @@ class LaneSpec:
     limits: LaneLimits
     step_timeout_s: float
     epoch: int = 0
+    life: int = 0
+    """How many lanes of this index were lost before."""
+    adapter_version: int = 0
     host: str = "127.0.0.1"
 
 
@@ -48,14 +55,24 @@ class DecodeWorker:
         self._spec = spec
         self._keys = keys
         self._core = LaneCore(
-            spec.limits, Tokenizer.from_str(tokenizer_json), lane=spec.index, epoch=spec.epoch
+            spec.limits,
+            Tokenizer.from_str(tokenizer_json),
+            lane=spec.index,
+            life=spec.life,
+            epoch=spec.epoch,
         )
+        self._core.ask_for_adapter(spec.adapter_version)
         self._inbox = wire.Inbox(f"lane {spec.index}", keys, host=spec.host)
         self._gateway = wire.Outbox(gateway, keys)
         self._first_stage: wire.Outbox | None = None
+        self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        """What Ray calls ask for, done by the loop between two steps."""
+        self._held: Future[list[int]] | None = None
+        self._held_s = 0.0
         self._loop = ServingLoop("lane", self._take_turn)
         self._reported_s = 0.0
         self._adapter_switch_s = 0.0
+        self._closed_bytes = 0
 
     def ready(self) -> wire.Address:
         return self._inbox.address
@@ -64,6 +81,49 @@ class DecodeWorker:
         """Connect to the first stage and start serving."""
         self._first_stage = wire.Outbox(first_stage, self._keys)
         self._loop.start()
+
+    def hold(self, timeout_s: float, *, forget_step: bool = False) -> list[int]:
+        """Send no step until `go_on`; returns the KV blocks in use once the step that is under way
+        is back (`forget_step`: it will not come back).
+
+        Raises:
+            TimeoutError: It did not come back in time; the lane goes on when it does.
+        """
+        held: Future[list[int]] = Future()
+
+        def order() -> None:
+            self._core.hold(forget_step=forget_step)
+            self._held, self._held_s = held, 0.0
+
+        self._orders.put(order)
+        try:
+            return held.result(timeout_s)
+        except TimeoutError:
+            self._orders.put(self._core.release)
+            raise TimeoutError(
+                f"lane {self._spec.index}: its step did not come back within {timeout_s:g} s"
+            ) from None
+
+    def go_on(self, epoch: int, first_stage: wire.Address | None, recompute: bool) -> float:
+        """Go on with the stages of an epoch (None: with those of before); returns the seconds
+        for which the lane stood still."""
+        done: Future[float] = Future()
+
+        def order() -> None:
+            if first_stage is not None:
+                if self._first_stage is not None:
+                    self._closed_bytes += self._first_stage.bytes_sent
+                    self._first_stage.close()
+                self._first_stage = wire.Outbox(first_stage, self._keys)
+                self._core.go_on(epoch, recompute=recompute)
+            self._core.release()
+            done.set_result(time.monotonic() - self._held_s if self._held_s else 0.0)
+
+        self._orders.put(order)
+        return done.result(_ORDER_TIMEOUT_S)
+
+    def ping(self) -> None:
+        """Answer, beside steps: this process runs."""
 
     def watch(self) -> None:
         """Block while the lane serves; the caller learns of its death by this call's error."""
@@ -78,7 +138,9 @@ class DecodeWorker:
             self._first_stage.close()
 
     def _take_turn(self) -> None:
-        parts = self._inbox.receive(_POLL_S)
+        while not self._orders.empty():
+            self._orders.get()()
+        parts = self._inbox.receive(_HELD_POLL_S if self._core.is_held else _POLL_S)
         while parts is not None:
             self._publish(self._handle(parts))
             parts = self._inbox.receive(0.0)
@@ -86,6 +148,7 @@ class DecodeWorker:
         self._publish(self._core.expire(now_s))
         self._publish(self._overdue(now_s))
         self._switch_adapter()
+        self._tell_held(now_s)
         step = self._core.next_step(now_s)
         if step is not None and self._first_stage is not None:
             self._first_stage.send([wire.STEP, step.batch.encode(), _NO_SECONDS])
@@ -122,6 +185,12 @@ class DecodeWorker:
             _log.warning("lane %d dropped a %r message: %r", self._spec.index, kind, error)
         return []
 
+    def _tell_held(self, now_s: float) -> None:
+        if self._held is not None and (blocks := self._core.blocks_at_boundary()) is not None:
+            self._held_s = now_s
+            self._held.set_result(blocks)
+            self._held = None
+
     def _switch_adapter(self) -> None:
         """Take up a new adapter when no step is in flight, and say so at once."""
         began_s = time.monotonic()
@@ -144,7 +213,9 @@ class DecodeWorker:
             self._gateway.send([wire.OUTPUTS, message])
 
     def _report(self) -> None:
-        sent = self._first_stage.bytes_sent if self._first_stage is not None else 0
+        sent = self._closed_bytes
+        if self._first_stage is not None:
+            sent += self._first_stage.bytes_sent
         values = {
             "lane": self._spec.index,
             "link_bytes": sent,

@@ -1,13 +1,17 @@
 """StageActor: one stage of the pipeline on one device. Decides nothing.
 
 A loop takes step messages from its inbox, runs the slice, waits out a paced device's time and
-sends the rows on: to the next stage, or, from the last stage, the drawn tokens to the lane.
+sends the rows on: to the next stage, or, from the last stage, the drawn tokens to the lane. Every
+plan in force has its number, the epoch, and a route of its own through the stages: layers, and who
+comes next. While layers move, steps of the old epoch and of the new run side by side; what comes
+from an epoch behind the fence is dropped.
 """
 
 from __future__ import annotations
 
 import gc
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +23,7 @@ import torch
 
 from actors import wire
 from actors.engine.adapter import Adapter
+from actors.engine.arrays import Array, as_tensor, to_array
 from actors.engine.batch import StepBatch, StepResult
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.config import EngineConfig
@@ -27,7 +32,7 @@ from actors.engine.pace import DeviceClock
 from actors.engine.packed import seconds_in
 from actors.engine.slice import StageSlice
 from actors.loop import ServingLoop
-from placement.costs import stage_cost
+from placement.costs import StageCost, stage_cost
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -40,7 +45,6 @@ _REPORT_EVERY_S = 0.25
 class StageSpec:
     """What a stage is: its layers, its device, and how it computes."""
 
-    index: int
     model: str
     first_layer: int
     end_layer: int
@@ -55,54 +59,136 @@ class StageSpec:
     """Address of the node's own interface that other nodes can reach."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Route:
+    """What the steps of an epoch run through here, and where they go on."""
+
+    slice: StageSlice
+    cost: StageCost
+    next: wire.Outbox | None
+    """None: this is the last stage."""
+    lanes: Mapping[int, tuple[int, wire.Outbox]]
+    """By index: (life, where it receives)."""
+
+    def close(self) -> None:
+        for outbox in self.outboxes():
+            outbox.close()
+
+    def outboxes(self) -> list[wire.Outbox]:
+        lanes = [outbox for _, outbox in self.lanes.values()]
+        return lanes if self.next is None else [self.next, *lanes]
+
+
 class StageWorker:
-    """Hosts one `StageSlice`. The constructor loads; `connect` starts serving."""
+    """Hosts the slices of one device. The constructor loads; `connect` starts serving."""
 
     def __init__(self, spec: StageSpec, keys: wire.WireKeys, monitor: wire.Address) -> None:
         torch.set_num_threads(spec.engine.cpu_threads)
         self._spec = spec
         self._keys = keys
         self._monitor = wire.Outbox(monitor, keys)
-        is_paced = spec.device.kind == "paced"
-        cost = stage_cost(spec.device, spec.profile, spec.first_layer, spec.end_layer)
-        self._clock = DeviceClock(time.monotonic, time.sleep, cost if is_paced else None)
-        self._next: wire.Outbox | None = None
-        self._lanes: dict[int, wire.Outbox] = {}
+        self._clock = DeviceClock(time.monotonic, time.sleep, spec.device.kind == "paced")
+        self._turn = threading.Lock()
+        """Held while a step runs."""
+        self._oldest_epoch = spec.epoch
+        self._slices: dict[int, StageSlice] = {}
+        self._routes: dict[int, _Route] = {}
+        self._closed_bytes = 0
         self._loop = ServingLoop("stage", self._take_turn)
+        self._is_serving = False
+        self._loaded_fraction = 0.0
         self._reported_s = 0.0
-        self._report(0.0)
-        self._slice = StageSlice(
-            Checkpoint.open(
-                spec.model, allow_unverified=spec.engine.allow_unverified_architectures
-            ),
+        self._report()
+        checkpoint = Checkpoint.open(
+            spec.model, allow_unverified=spec.engine.allow_unverified_architectures
+        )
+        self._slices[spec.epoch] = StageSlice(
+            checkpoint,
             spec.first_layer,
             spec.end_layer,
             config=spec.engine,
             num_kv_blocks=spec.num_kv_blocks,
             num_lanes=spec.num_lanes,
             device="cuda" if spec.device.kind == "cuda" else "cpu",
-            on_progress=self._report,
+            on_progress=self._first_progress,
         )
         # What is loaded stays: a full collection that walks it would stop the steps for 0.3 s.
         gc.collect()
         gc.freeze()
         # Last: a stage that cannot load leaves no socket behind.
-        self._inbox = wire.Inbox(f"stage {spec.index}", keys, host=spec.host)
+        self._inbox = wire.Inbox(f"stage on {spec.device.id}", keys, host=spec.host)
 
     def ready(self) -> wire.Address:
         """Return where the stage receives, once the constructor has loaded it."""
         return self._inbox.address
 
     def bytes_read(self) -> int:
-        """Tensor bytes this stage took from disk."""
-        return self._slice.bytes_read
+        """Tensor bytes that the newest slice took from disk."""
+        return self._newest.bytes_read
 
-    def connect(self, next_stage: wire.Address | None, lanes: Mapping[int, wire.Address]) -> None:
-        """Connect to the next stage (None: this is the last) and to the lanes; start serving."""
-        if next_stage is not None:
-            self._next = wire.Outbox(next_stage, self._keys)
-        self._lanes = {index: wire.Outbox(address, self._keys) for index, address in lanes.items()}
-        self._loop.start()
+    def prepare(self, epoch: int, first_layer: int, end_layer: int) -> None:
+        """Load what an epoch's layers need beside what is there; steps go on meanwhile."""
+        self._slices[epoch] = self._newest.recut(
+            first_layer, end_layer, on_progress=self._note_progress
+        )
+
+    def connect(
+        self,
+        epoch: int,
+        next_stage: wire.Address | None,
+        lanes: Mapping[int, tuple[int, wire.Address]],
+    ) -> None:
+        """Serve an epoch that is loaded: towards the next stage (None: this is the last), and the
+        lanes, by index with their lives."""
+        slice_ = self._slices[epoch]
+        spec = self._spec
+        route = _Route(
+            slice_,
+            stage_cost(spec.device, spec.profile, slice_.first_layer, slice_.end_layer),
+            None if next_stage is None else wire.Outbox(next_stage, self._keys),
+            {
+                index: (life, wire.Outbox(address, self._keys))
+                for index, (life, address) in lanes.items()
+            },
+        )
+        with self._turn:
+            self._drop_routes(epoch, epoch + 1)
+            self._routes = self._routes | {epoch: route}
+        if not self._is_serving:
+            self._is_serving = True
+            self._loop.start()
+
+    def fence(self, epoch: int) -> None:
+        """Drop what comes from epochs before this one, from the end of the present step on."""
+        with self._turn:
+            self._oldest_epoch = epoch
+
+    def retire(self, epoch: int) -> None:
+        """Fence, and free what epochs before this one needed and it does not."""
+        with self._turn:
+            self._oldest_epoch = epoch
+            self._drop_routes(0, epoch)
+        old = [self._slices.pop(number) for number in sorted(self._slices) if number < epoch]
+        self._newest.settle(old)
+
+    def forget(self, epoch: int) -> None:
+        """Undo `prepare` and `connect` of an epoch that never came into force."""
+        with self._turn:
+            self._drop_routes(epoch, epoch + 1)
+        if epoch in self._slices and len(self._slices) > 1:
+            given_up = self._slices.pop(epoch)
+            self._newest.settle([given_up])
+
+    def take_kv(self, epoch: int, lane: int, layers: range, blocks: list[int]) -> Array:
+        """Return the KV of a lane's blocks, (layers, blocks, block_tokens, 2, Hk, D)."""
+        return to_array(self._slices[epoch].kv[lane].take(layers, blocks))
+
+    def put_kv(
+        self, epoch: int, lane: int, layers: range, blocks: list[int], values: Array
+    ) -> None:
+        """Store what another stage's `take_kv` returned."""
+        slice_ = self._slices[epoch]
+        slice_.kv[lane].put(layers, blocks, as_tensor(values, slice_.dtype))
 
     def load_adapter(self, version: int, message: np.ndarray, keep: int) -> None:
         """Make an adapter ready beside the steps; of those before it only `keep` stays.
@@ -112,7 +198,14 @@ class StageWorker:
         Raises:
             AdapterError: It does not fit this stage's layers.
         """
-        self._slice.adapters.load(version, Adapter.decode(message.data), keep=keep)
+        self._newest.adapters.load(version, Adapter.decode(message.data), keep=keep)
+
+    def slow_down(self, slowness: float) -> None:
+        """Make a paced device take a multiple of its declared time, to try what that does."""
+        self._clock.slowness = slowness
+
+    def ping(self) -> None:
+        """Answer, beside steps: this process runs."""
 
     def watch(self) -> None:
         """Block while the stage serves; the caller learns of its death by this call's error."""
@@ -122,70 +215,86 @@ class StageWorker:
         """Stop serving and close the sockets. Safe to call twice."""
         self._loop.stop()
         self._inbox.close()
-        for outbox in (self._monitor, self._next, *self._lanes.values()):
-            if outbox is not None:
-                outbox.close()
+        self._monitor.close()
+        for route in self._routes.values():
+            route.close()
+
+    @property
+    def _newest(self) -> StageSlice:
+        return self._slices[max(self._slices)]
+
+    def _drop_routes(self, first: int, end: int) -> None:
+        for number in [number for number in self._routes if first <= number < end]:
+            route = self._routes.pop(number)
+            self._closed_bytes += sum(outbox.bytes_sent for outbox in route.outboxes())
+            route.close()
 
     def _take_turn(self) -> None:
         parts = self._inbox.receive(_POLL_S)
         if parts is not None:
-            self._handle(parts)
+            with self._turn:
+                self._handle(parts)
         if time.monotonic() - self._reported_s > _REPORT_EVERY_S:
             self._reported_s = time.monotonic()
-            self._report(1.0, active=True)
+            self._report()
 
     def _handle(self, parts: list[memoryview]) -> None:
         """Run one step; what it cannot run is refused to its lane, and serving goes on."""
         started_s = time.monotonic()
         try:
             batch = StepBatch.decode(parts[1])
-            lane = self._lanes[batch.lane]
+            if batch.epoch < self._oldest_epoch:
+                return  # its lane has forgotten it
+            route = self._routes.get(batch.epoch) or self._routes[max(self._routes)]
+            life, lane = route.lanes[batch.lane]
+            if batch.life != life:
+                return  # the lane that sent it is no more
         except (ValueError, TypeError, IndexError, KeyError) as error:
-            _log.warning("stage %d dropped a message: %r", self._spec.index, error)
+            _log.warning("%s dropped a message: %r", self._spec.device.id, error)
             return
         try:
-            if batch.epoch != self._spec.epoch:
+            if batch.epoch not in self._routes:
                 raise ValueError(
-                    f"step {batch.step} is of epoch {batch.epoch}, this is {self._spec.epoch}"
+                    f"step {batch.step} is of plan {batch.epoch}; it has {[*self._routes]}"
                 )
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
-            out = self._slice.forward(batch, hidden)
-            occupied_s = self._clock.finish(batch, started_s)
+            out = route.slice.forward(batch, hidden)
+            occupied_s = self._clock.finish(batch, started_s, route.cost)
             seconds = msgpack.packb([*seconds_in(parts[2]), occupied_s])
-            self._send(batch, parts[1], seconds, out)
+            if isinstance(out, StepResult):
+                result = msgpack.packb([batch.step, out.to_wire()])
+                lane.send([wire.RESULT, result, seconds])
+            elif route.next is not None:
+                route.next.send([wire.STEP, parts[1], seconds, *encode_tensor(out)])
         except Exception as error:  # noqa: BLE001 - whatever a step raises, its lane must hear it
-            _log.exception("stage %d failed step %s", self._spec.index, batch.step)
-            text = f"stage {self._spec.index} on {self._spec.device.id}: {error}"
+            _log.exception("%s failed step %s", self._spec.device.id, batch.step)
+            text = f"the stage on {self._spec.device.id}: {error}"
             lane.send([wire.REFUSED, msgpack.packb([batch.step, text])])
 
-    def _send(
-        self, batch: StepBatch, step: memoryview, seconds: bytes, out: torch.Tensor | StepResult
-    ) -> None:
-        if isinstance(out, StepResult):
-            result = msgpack.packb([batch.step, out.to_wire()])
-            self._lanes[batch.lane].send([wire.RESULT, result, seconds])
-        elif self._next is not None:
-            self._next.send([wire.STEP, step, seconds, *encode_tensor(out)])
+    def _first_progress(self, loaded_fraction: float) -> None:
+        self._loaded_fraction = loaded_fraction
+        self._report()
 
-    def _report(self, loaded_fraction: float, *, active: bool = False) -> None:
+    def _note_progress(self, loaded_fraction: float) -> None:
+        """Beside the serving loop, which reports it."""
+        self._loaded_fraction = loaded_fraction
+
+    def _report(self) -> None:
         """Tell the driver how far loading is, and what the stage has done."""
-        sent = sum(box.bytes_sent for box in (*self._lanes.values(), *filter(None, [self._next])))
-        self._monitor.send(
-            [
-                wire.REPORT,
-                msgpack.packb(
-                    {
-                        "stage": self._spec.index,
-                        "active": active,
-                        "loaded_fraction": loaded_fraction,
-                        "busy_s": self._clock.busy_s,
-                        "steps": self._clock.steps,
-                        "late_s": self._clock.late_s,
-                        "link_bytes": sent,
-                    }
-                ),
-            ]
-        )
+        outboxes = [outbox for route in self._routes.values() for outbox in route.outboxes()]
+        sent = self._closed_bytes + sum(outbox.bytes_sent for outbox in outboxes)
+        values = {
+            "stage": self._spec.device.id,
+            "epoch": max(self._routes, default=self._spec.epoch),
+            "active": self._is_serving,
+            "loaded_fraction": self._loaded_fraction,
+            "busy_s": self._clock.busy_s,
+            "predicted_s": self._clock.predicted_s,
+            "steps": self._clock.steps,
+            "late_s": self._clock.late_s,
+            "link_bytes": sent,
+        }
+        self._monitor.send([wire.REPORT, msgpack.packb(values)])
 
 
 StageActor = ray.remote(StageWorker)

@@ -5,7 +5,7 @@ The dispatcher over real lanes implements it (`cluster.dispatch`); a fake one se
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -108,6 +108,23 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ControllerStatus:
+    """What the controller has decided since the deployment came up."""
+
+    phase: str
+    """In one word: what it does now."""
+    epoch: int
+    """Number of the plan that it asked for last; the one in force follows it."""
+    moves: Mapping[str, int] = field(default_factory=dict)
+    """Rebalances that have ended, by outcome."""
+    num_pauses: int = 0
+    """Switches from one plan to the next, at each of which the lanes were held."""
+    pause_s: float = 0.0
+    """How long they were held, all switches together."""
+    last_pause_s: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DeploymentStatus:
     """A snapshot of everything."""
 
@@ -122,10 +139,47 @@ class DeploymentStatus:
     link_bytes: dict[str, int] = field(default_factory=dict)
     """Bytes sent over each link, keyed "from->to" with device (or lane) names."""
     adapter: AdapterStatus = AdapterStatus()
+    controller: ControllerStatus | None = None
+    """None: the plan is not steered."""
+
+
+class Steering(Protocol):
+    """What an operator may ask of the controller. From the event loop."""
+
+    def status(self) -> ControllerStatus: ...
+
+    def document(self) -> dict[str, object]:
+        """See `Backend.controller_json`."""
+        ...
+
+    async def would_move(self) -> dict[str, object]:
+        """Return the plan that would be best now: "verdict" in words, and "cut" (device id:
+        layers), or null where nothing fits."""
+        ...
+
+    def rebalance(self) -> None:
+        """Have the best plan now, if it gains anything."""
+        ...
+
+    def drain(self, node: str, *, cancel: bool) -> None:
+        """Let a node hold nothing, or use it again.
+
+        Raises:
+            RequestError: There is no such node.
+        """
+        ...
 
 
 class Backend(Protocol):
     """A deployment behind the gateway."""
+
+    def steering(self) -> Steering:
+        """The controller, once it steers.
+
+        Raises:
+            Unavailable: It does not, yet.
+        """
+        ...
 
     def model_info(self) -> ModelInfo: ...
 
@@ -134,6 +188,17 @@ class Backend(Protocol):
         ...
 
     async def status(self) -> DeploymentStatus: ...
+
+    def controller_json(self) -> dict[str, object] | None:
+        """What moves layers is doing, as plain JSON values; None: nothing moves them.
+
+        "phase" ("idle", "moving", "trial", "halted"), "epoch", "reason", "draining" (nodes),
+        "factors" (device id: how many times slower than planned) and "moves", the last one last:
+        "at_s" (Unix), "epoch", "from" and "to" (device id: layers), "reason", "predicted_gain" and
+        "measured_gain" (fractions or null), "pause_s" (or null), "outcome" ("kept", "rolled back",
+        "running", "failed", "recovery").
+        """
+        ...
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Admit the request and stream its outputs until every choice has finished.

@@ -11,7 +11,7 @@ scope; 130 interrupted.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -61,21 +61,51 @@ def up(
     name: NameOption = None,
     http_port: Annotated[int | None, typer.Option(help="0 picks a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="0 picks a free one.")] = None,
+    detach: Annotated[
+        bool, typer.Option("--detach", "-d", help="Return when it is ready; it goes on.")
+    ] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, help="With --detach: seconds until it is ready.")
+    ] = 600.0,
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(help="Log to stderr from this level on; with --detach: info, to a file."),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Bring a deployment up and keep it up until Ctrl-C, SIGTERM or `motley down`."""
     output = Output(as_json=as_json)
+    code = ExitCode.OK
     with reporting(output):
         from cluster.commands.settings import chosen_config
 
         settings, source = chosen_config(
             config, model, name=name, http_port=http_port, grpc_port=grpc_port
         )
-        # Ray and torch take seconds to import; settings that cannot work are refused before.
-        from cluster.commands.up import bring_up
-        from cluster.launch import run
+        if detach:
+            from cluster.commands.detach import bring_up_detached, up_command
 
-        bring_up(settings, source, output, run)
+            command = up_command(
+                ("--config", config),
+                ("--model", model),
+                ("--name", name),
+                ("--http-port", http_port),
+                ("--grpc-port", grpc_port),
+                ("--log-level", log_level or "info"),
+            )
+            code = bring_up_detached(command, settings.served_name, timeout_s, output)
+        else:
+            # Ray and torch take seconds to import; settings that cannot work are refused before.
+            from cluster.commands.up import bring_up
+            from cluster.launch import run
+            from cluster.telemetry import configure_logging
+
+            if log_level is not None:
+                configure_logging(log_level)
+            bring_up(settings, source, output, run)
+    # Outside, because typer's own exit counts as an expected failure there.
+    if code is not ExitCode.OK:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -111,6 +141,25 @@ def status(
 
         show_status(
             http_target(name, url, token, Tls(tls_cert, tls_client_cert, tls_client_key)), output
+        )
+
+
+@app.command()
+def dashboard(
+    open_it: Annotated[bool, typer.Option("--open", help="Open it in a browser.")] = False,
+    name: NameOption = None,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Print the address of a running deployment's page; it holds the token."""
+    output = Output(as_json=as_json)
+    with reporting(output):
+        from cluster.commands.dashboard import show_dashboard
+
+        show_dashboard(
+            http_target(name, url, token, Tls(tls_cert, None, None)), output, open_it=open_it
         )
 
 
@@ -275,6 +324,52 @@ def publish(
             command.remove(target, output, timeout_s=timeout_s)
         else:
             command.publish(target, adapter, output, timeout_s=timeout_s)
+
+
+@app.command()
+def rebalance(
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would move, and why.")
+    ] = False,
+    name: NameOption = None,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Move layers to the best plan now, if it gains; requests go on."""
+    output = Output(as_json=as_json)
+    with reporting(output):
+        from cluster.commands import steer
+
+        target = http_target(name, url, token, Tls(tls_cert, tls_client_cert, tls_client_key))
+        steer.rebalance(target, output, is_dry=dry_run)
+
+
+@app.command()
+def drain(
+    node: Annotated[str, typer.Argument(help="The node, as the configuration calls it.")],
+    cancel: Annotated[bool, typer.Option("--cancel", help="Use the node again.")] = False,
+    timeout_s: Annotated[
+        float, typer.Option("--timeout", min=1, help="Seconds until it must hold nothing.")
+    ] = 300.0,
+    name: NameOption = None,
+    url: UrlOption = None,
+    token: TokenOption = None,
+    tls_cert: TlsOption = None,
+    tls_client_cert: TlsClientCertOption = None,
+    tls_client_key: TlsClientKeyOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Move everything off a node while requests go on; returns when it holds nothing."""
+    output = Output(as_json=as_json)
+    with reporting(output):
+        from cluster.commands import steer
+
+        target = http_target(name, url, token, Tls(tls_cert, tls_client_cert, tls_client_key))
+        steer.drain(target, node, output, cancel=cancel, timeout_s=timeout_s)
 
 
 @app.command()

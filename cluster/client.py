@@ -23,6 +23,8 @@ Options are those of `GenerateOptions`; what is left out takes the server's defa
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import aclosing, asynccontextmanager, closing, contextmanager
 from pathlib import Path
@@ -39,6 +41,7 @@ from cluster.client_values import (
     DeadlineExceeded,
     Forbidden,
     GenerateOptions,
+    Heard,
     InvalidRequest,
     Message,
     ModelInfo,
@@ -141,12 +144,28 @@ class MotleyClient:
         timeout_s: float = GENERATE_TIMEOUT_S,
         **options: Unpack[GenerateOptions],
     ) -> Generator[Chunk, None, None]:
-        """Yield what is generated as it comes. A prompt is text, token ids or `Message`s."""
+        """Yield what is generated as it comes. A prompt is text, token ids or `Message`s.
+
+        With a `request_id` of one's own it goes on after the connection, or the gateway, was lost.
+        """
         return self._chunks(generate_request(prompt, options), timeout_s)
 
     def _chunks(
         self, request: pb.GenerateRequest, timeout_s: float
     ) -> Generator[Chunk, None, None]:
+        end_s = time.monotonic() + timeout_s
+        heard = Heard(request, time.monotonic())
+        while True:
+            try:
+                for chunk in self._once(request, end_s - time.monotonic()):
+                    if heard.is_new(chunk, time.monotonic()):
+                        yield chunk
+            except Unreachable as error:
+                time.sleep(heard.wait_s(error, time.monotonic()))
+            else:
+                return
+
+    def _once(self, request: pb.GenerateRequest, timeout_s: float) -> Generator[Chunk, None, None]:
         with _mapped_errors():
             call = self._stub.Generate(request, **self._options(timeout_s))
             try:
@@ -252,7 +271,7 @@ class AsyncMotleyClient:
         timeout_s: float = GENERATE_TIMEOUT_S,
         **options: Unpack[GenerateOptions],
     ) -> AsyncGenerator[Chunk, None]:
-        """Yield what is generated as it comes. A prompt is text, token ids or `Message`s.
+        """Yield what is generated as it comes; see `MotleyClient.generate`.
 
         An `async for` that is left early does not close its iterator at once; use
         `contextlib.aclosing` around it.
@@ -260,6 +279,22 @@ class AsyncMotleyClient:
         return self._chunks(generate_request(prompt, options), timeout_s)
 
     async def _chunks(
+        self, request: pb.GenerateRequest, timeout_s: float
+    ) -> AsyncGenerator[Chunk, None]:
+        end_s = time.monotonic() + timeout_s
+        heard = Heard(request, time.monotonic())
+        while True:
+            try:
+                async with aclosing(self._once(request, end_s - time.monotonic())) as chunks:
+                    async for chunk in chunks:
+                        if heard.is_new(chunk, time.monotonic()):
+                            yield chunk
+            except Unreachable as error:
+                await asyncio.sleep(heard.wait_s(error, time.monotonic()))
+            else:
+                return
+
+    async def _once(
         self, request: pb.GenerateRequest, timeout_s: float
     ) -> AsyncGenerator[Chunk, None]:
         async with _async_mapped_errors():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypedDict, cast
@@ -76,6 +77,10 @@ class Usage:
     cached_prompt_tokens: int
 
 
+RESUME_TIMEOUT_S = 60.0
+"""How long a named request is sent again after its last new chunk."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Chunk:
     """What happened to one choice; `text` is ready to append."""
@@ -90,6 +95,36 @@ class Chunk:
     stop_reason: str | int | None = None
     usage: Usage | None = None
     """On the last chunk of the stream."""
+
+
+class Heard:
+    """Which chunks of a named request have come, so that a client that asks again has each once."""
+
+    def __init__(self, request: pb.GenerateRequest, now_s: float) -> None:
+        self._is_named = bool(request.request_id)
+        self._since_s = now_s
+        self._num_heard: Counter[int] = Counter()
+        self._num_again: Counter[int] = Counter()
+
+    def is_new(self, chunk: Chunk, now_s: float) -> bool:
+        """Whether a chunk has not come before; every choice's come in the same order each time."""
+        self._num_again[chunk.index] += 1
+        if self._num_again[chunk.index] <= self._num_heard[chunk.index]:
+            return False
+        self._num_heard[chunk.index] += 1
+        self._since_s = now_s
+        return True
+
+    def wait_s(self, error: Unreachable, now_s: float) -> float:
+        """Return how long to wait before asking again.
+
+        Raises:
+            Unreachable: The same; it is not to be asked again.
+        """
+        if not self._is_named or now_s - self._since_s > RESUME_TIMEOUT_S:
+            raise error
+        self._num_again.clear()
+        return error.retry_after_s or 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

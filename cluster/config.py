@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from actors.engine.adapter import CONFIG_FILE, AdapterError, is_adapter_folder, read_config
 from actors.engine.config import EngineConfig
+from cluster.controller_settings import ControllerConfig
 from cluster.gateway.settings import GatewaySettings
 from cluster.quantities import parse_bytes, parse_bytes_per_s, parse_flops_per_s
 from cluster.training_settings import TrainingSettings
@@ -51,7 +52,8 @@ class DeviceSpec(_Settings):
 
     id: str = Field(min_length=1)
     node: str = Field("local", min_length=1)
-    """"local" is the node that runs `motley up`; else a Ray node's address or host name."""
+    """"local" is the node that runs `motley up`; else a Ray node's address, host name or node
+    name, or NAME where Ray was started there with a resource `motley-node:NAME`."""
     kind: DeviceKind
     """cpu, cuda: real. paced: computes on the CPU and takes as long as its figures say."""
     flops_per_s: FlopsPerS | None = None
@@ -146,6 +148,7 @@ class MotleyConfig(_Settings):
     """Between nodes that no link joins: gigabit Ethernet. null: they cannot reach each other."""
     plan: PlanSettings = PlanSettings()
     training: TrainingSettings = TrainingSettings()
+    controller: ControllerConfig = ControllerConfig()
     gateway: GatewaySettings = GatewaySettings()
     ray: RaySettings = RaySettings()
 

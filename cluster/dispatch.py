@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,11 +30,12 @@ from cluster.backend import (
     Published,
     PublishFailed,
     StageStatus,
+    Steering,
     Unavailable,
 )
 from cluster.heard import take_message
 from cluster.publishing import AdapterHost, Publisher
-from placement.stages import StagesPlan
+from placement.stages import StagePlacement, StagesPlan
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -46,14 +47,46 @@ _SWITCH_GRACE_S = 5.0
 
 @dataclass(slots=True)
 class _Stream:
-    """A request in flight: where its outputs go, and how many choices are still open."""
+    """A request in flight: where its outputs go, and how far each choice is."""
 
+    request: Request
     lane: int
     lane_id: str
     """What the lane calls the request. Ids are a client's own and may be used again at once; the
     last words of an aborted request must not reach its namesake."""
-    open_choices: int
+    end_s: float | None
+    """When its deadline passes."""
+    tokens: list[list[int] | None]
+    """Of each choice, what its client has; None: it has ended."""
+    is_scored: bool = False
+    """Its client has the prompt's log-probabilities."""
     outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
+
+    @property
+    def open_choices(self) -> int:
+        return sum(tokens is not None for tokens in self.tokens)
+
+    def note(self, output: RequestOutput) -> None:
+        """Take down what goes to the client."""
+        self.is_scored |= output.prompt_logprobs is not None
+        tokens = self.tokens[output.index]
+        if tokens is not None:
+            tokens.extend(output.tokens)
+            if output.finish_reason is not None:
+                self.tokens[output.index] = None
+
+    def rest(self, now_s: float) -> Request:
+        """Return what is left to do, for another lane."""
+        sampling = self.request.sampling
+        if self.is_scored:
+            sampling = replace(sampling, prompt_logprobs=None)
+        return replace(
+            self.request,
+            id=self.lane_id,
+            sampling=sampling,
+            deadline_s=None if self.end_s is None else max(1e-3, self.end_s - now_s),
+            progress=tuple(None if tokens is None else tuple(tokens) for tokens in self.tokens),
+        )
 
 
 class Dispatcher:
@@ -76,15 +109,20 @@ class Dispatcher:
         self._inbox: wire.Inbox | None = None
         self._reader: threading.Thread | None = None
         self._stopping = threading.Event()
-        self._lanes: list[wire.Outbox] = []
+        self._lanes: dict[int, wire.Outbox] = {}
         self._streams: dict[str, _Stream] = {}
         self._by_lane_id: dict[str, _Stream] = {}
         self._next_lane_id = 0
-        self._stage_reports: dict[int, Mapping[str, Any]] = {}
+        self._stage_reports: dict[str, Mapping[str, Any]] = {}
+        """By device."""
         self._lane_reports: dict[int, Mapping[str, Any]] = {}
         self._lane_reported = asyncio.Event()
         self._publisher: Publisher | None = None
-        self._heard_s: dict[int, float] = {}
+        self._heard_s: dict[str, float] = {}
+        self._steering: Steering | None = None
+        self._interruption = ""
+        """Why nothing moves, while a loss is being made good; requests are taken and wait."""
+        self.tokens_sent = 0
         self._unavailable: Unavailable | None = Unavailable("stages are loading", _LOADING_RETRY_S)
 
     def open(self, host: str) -> wire.Address:
@@ -95,7 +133,7 @@ class Dispatcher:
         return self._inbox.address
 
     async def connect(
-        self, lanes: Sequence[wire.Address], host: AdapterHost, adapter: Adapter | None = None
+        self, lanes: Mapping[int, wire.Address], host: AdapterHost, adapter: Adapter | None = None
     ) -> None:
         """Open for requests, with an adapter in use from the first one on.
 
@@ -104,21 +142,66 @@ class Dispatcher:
         Raises:
             AdapterError, PublishFailed: The adapter cannot be used.
         """
-        self._lanes = [wire.Outbox(address, self.keys) for address in lanes]
+        self._lanes = {index: wire.Outbox(address, self.keys) for index, address in lanes.items()}
         self._publisher = Publisher(host, self._switch)
         if adapter is not None:
             await self._publisher.publish(adapter)
         self._unavailable = None
 
-    def fail(self, reason: str) -> None:
-        """A stage or lane is lost: end what is in flight and take nothing more."""
+    def use_plan(self, plan: StagesPlan) -> None:
+        """Another plan is in force."""
+        self._plan = plan
+        self._interruption = ""
+
+    def interrupted(self, reason: str) -> None:
+        """A part is lost and will be replaced: what is in flight waits, and so does what comes."""
+        self._interruption = reason
+
+    def resumed(self) -> None:
+        """What was lost is made good."""
+        self._interruption = ""
+
+    def replace_lane(self, index: int, address: wire.Address) -> None:
+        """Another lane took the place of a lost one: what that one had to do goes on there.
+
+        Raises:
+            WireError: It takes nothing.
+        """
+        if index in self._lanes:
+            self._lanes[index].close()
+        lane = self._lanes[index] = wire.Outbox(address, self.keys)
+        for lane_id, stream in list(self._by_lane_id.items()):
+            if stream.lane != index or not stream.open_choices:
+                continue
+            # Under another name: what the lost lane sent last may still be on its way.
+            del self._by_lane_id[lane_id]
+            stream.lane_id = self._new_lane_id()
+            self._by_lane_id[stream.lane_id] = stream
+            rest = stream.rest(self._loop.time())
+            lane.send([wire.REQUEST, msgpack.packb(rest.to_wire())])
+
+    def refuse(self, reason: str) -> None:
+        """Take nothing more for now; what is in flight waits."""
         self._unavailable = Unavailable(reason, _LOST_RETRY_S)
+
+    def accept(self) -> None:
+        """Take requests again after `refuse`."""
+        if not self.lost.is_set():
+            self._unavailable = None
+
+    def fail(self, reason: str) -> None:
+        """Nothing will go on: end what is in flight and take nothing more."""
+        self.refuse(reason)
         self.lost.set()
         self._lane_reported.set()
+        self.end_all(reason)
+
+    def end_all(self, reason: str) -> None:
+        """End what is in flight with an error."""
         for request_id, stream in self._streams.items():
             error = RequestOutput(id=request_id, finish_reason="error", error=reason)
             stream.outputs.put_nowait(error)
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             try:
                 lane.send([wire.FAIL, msgpack.packb(reason)])
             except wire.WireError as error:
@@ -132,7 +215,7 @@ class Dispatcher:
             await asyncio.to_thread(self._reader.join, 10.0)
         if self._inbox is not None:
             self._inbox.close()
-        for lane in self._lanes:
+        for lane in self._lanes.values():
             lane.close()
 
     def model_info(self) -> ModelInfo:
@@ -140,6 +223,18 @@ class Dispatcher:
 
     def plan_json(self) -> dict[str, object]:
         return self._plan.to_json()
+
+    def controller_json(self) -> dict[str, object] | None:
+        return None if self._steering is None else self._steering.document()
+
+    def steering(self) -> Steering:
+        if self._steering is None:
+            raise self._refusal(self._unavailable or Unavailable("no controller", _LOST_RETRY_S))
+        return self._steering
+
+    def steer_by(self, steering: Steering) -> None:
+        """From now on this controller moves layers."""
+        self._steering = steering
 
     def adapter(self) -> AdapterStatus:
         return AdapterStatus() if self._publisher is None else self._publisher.current
@@ -157,12 +252,12 @@ class Dispatcher:
         try:
             while stream.open_choices > 0:
                 output = await stream.outputs.get()
-                if output.finish_reason is not None:
-                    stream.open_choices -= 1
                 if output.error == "overloaded":
                     raise Overloaded("every slot of the lane's queue is taken", 1.0)
                 if output.error and self._unavailable is not None:
                     raise self._refusal(self._unavailable)
+                stream.note(output)
+                self.tokens_sent += len(output.tokens)
                 yield replace(output, id=request.id)
         finally:
             del self._streams[request.id]
@@ -178,11 +273,13 @@ class Dispatcher:
         return True
 
     async def status(self) -> DeploymentStatus:
-        stages = tuple(self._stage_status(i) for i in range(len(self._plan.stages)))
+        stages = tuple(self._stage_status(placed) for placed in self._plan.stages)
         inactive = [stage for stage in stages if not stage.active]
         reason = ""
         if self._unavailable is not None:
             reason = self._unavailable.message
+        elif self._interruption:
+            reason = self._interruption
         elif inactive:
             reason = f"{len(inactive)} of {len(stages)} stages are not serving yet"
         return DeploymentStatus(
@@ -194,11 +291,16 @@ class Dispatcher:
             lanes=tuple(self._lane_status(i) for i in sorted(self._lane_reports)),
             link_bytes=self._link_bytes(),
             adapter=self.adapter(),
+            controller=None if self._steering is None else self._steering.status(),
         )
 
     def lane_reports(self) -> dict[int, Mapping[str, Any]]:
-        """The lanes' latest raw counters, for benchmarks."""
+        """The lanes' latest raw counters."""
         return dict(self._lane_reports)
+
+    def stage_reports(self) -> dict[str, Mapping[str, Any]]:
+        """The stages' latest raw counters, by device."""
+        return dict(self._stage_reports)
 
     def _admit(self, request: Request) -> _Stream:
         """Choose a lane and send the request, or say why not; nothing is held when it raises."""
@@ -220,10 +322,10 @@ class Dispatcher:
                 "it or raise engine.max_waiting",
                 "n",
             )
-        outstanding = [0] * len(self._lanes)
+        outstanding = dict.fromkeys(self._lanes, 0)
         for stream in self._streams.values():
             outstanding[stream.lane] += stream.open_choices
-        lane = min(range(len(self._lanes)), key=lambda i: (outstanding[i], i))
+        lane = min(outstanding, key=lambda i: (outstanding[i], i))
         most = self._limits.max_running + self._limits.max_waiting
         if outstanding[lane] + request.n > most:
             raise Overloaded(
@@ -231,8 +333,8 @@ class Dispatcher:
                 "retry later or raise engine.max_waiting",
                 1.0,
             )
-        stream = _Stream(lane, str(self._next_lane_id), request.n)
-        self._next_lane_id += 1
+        end_s = None if request.deadline_s is None else self._loop.time() + request.deadline_s
+        stream = _Stream(request, lane, self._new_lane_id(), end_s, [[] for _ in range(request.n)])
         asked = replace(request, id=stream.lane_id)
         try:
             self._lanes[lane].send([wire.REQUEST, msgpack.packb(asked.to_wire())])
@@ -241,6 +343,10 @@ class Dispatcher:
         # Its outputs come through this event loop, so none can have come yet.
         self._streams[request.id] = self._by_lane_id[stream.lane_id] = stream
         return stream
+
+    def _new_lane_id(self) -> str:
+        self._next_lane_id += 1
+        return str(self._next_lane_id)
 
     def _abort(self, stream: _Stream) -> None:
         self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(stream.lane_id)])
@@ -269,7 +375,7 @@ class Dispatcher:
 
     def _tell_lanes(self, version: int) -> None:
         try:
-            for lane in self._lanes:
+            for lane in self._lanes.values():
                 lane.send([wire.ADAPTER, msgpack.packb(version)])
         except wire.WireError as error:
             raise PublishFailed(str(error)) from error
@@ -279,7 +385,7 @@ class Dispatcher:
         if self.lost.is_set():
             raise PublishFailed(f"the deployment is lost: {self._unavailable}")
         used = {i: report["adapter_version"] for i, report in self._lane_reports.items()}
-        return [i for i in range(len(self._lanes)) if used.get(i) != version]
+        return [i for i in self._lanes if used.get(i) != version]
 
     @staticmethod
     def _refusal(why: Unavailable) -> Unavailable:
@@ -317,22 +423,21 @@ class Dispatcher:
             if "stage" in value:
                 self._stage_reports[value["stage"]] = value
                 self._heard_s[value["stage"]] = self._loop.time()
-                if all(self._stage_status(i).active for i in range(len(self._plan.stages))):
+                if all(self._stage_status(placed).active for placed in self._plan.stages):
                     self.serving.set()
             else:
                 self._lane_reports[value["lane"]] = value
                 self._lane_reported.set()
 
-    def _stage_status(self, index: int) -> StageStatus:
-        placed = self._plan.stages[index]
-        report = self._stage_reports.get(index, {})
+    def _stage_status(self, placed: StagePlacement) -> StageStatus:
+        report = self._stage_reports.get(placed.device_id, {})
         return StageStatus(
-            index=index,
+            index=placed.index,
             device=placed.device_id,
             node=placed.node,
             first_layer=placed.first_layer,
             end_layer=placed.end_layer,
-            active=bool(report.get("active", False)) and self._is_heard(index),
+            active=bool(report.get("active", False)) and self._is_heard(placed.device_id),
             loaded_fraction=report.get("loaded_fraction", 0.0),
             busy_s=report.get("busy_s", 0.0),
             steps=report.get("steps", 0),
@@ -349,10 +454,10 @@ class Dispatcher:
             **{name: report[name] for name in names},
         )
 
-    def _is_heard(self, index: int) -> bool:
+    def _is_heard(self, device_id: str) -> bool:
         """Whether a stage reported lately. It does so between steps, so a long step is silence too;
         once something is lost there are no more steps to wait for."""
-        silent_s = self._loop.time() - self._heard_s.get(index, 0.0)
+        silent_s = self._loop.time() - self._heard_s.get(device_id, 0.0)
         return silent_s < (self._silence_s if self._unavailable is None else _LOST_SILENCE_S)
 
     def _link_bytes(self) -> dict[str, int]:
@@ -364,6 +469,6 @@ class Dispatcher:
         }
         for index, device in enumerate(devices):
             target = devices[index + 1] if index + 1 < len(devices) else "lanes"
-            sent = self._stage_reports.get(index, {}).get("link_bytes", 0)
+            sent = self._stage_reports.get(device, {}).get("link_bytes", 0)
             links[f"{device}->{target}"] = sent
         return links

@@ -24,7 +24,8 @@ from packaging.specifiers import SpecifierSet
 from actors.engine.checkpoint import Checkpoint, CheckpointError
 from cluster.config import ConfigError, MotleyConfig
 from cluster.gateway.settings import GatewaySettings, is_loopback
-from cluster.planning import declared_topology, dtype_bytes, make_plan
+from cluster.planning import dtype_bytes, make_plan
+from cluster.profile import known_topology
 from cluster.quantities import format_bytes
 from placement.errors import InfeasiblePlanError
 from placement.stages import StagesPlan
@@ -151,7 +152,7 @@ def check_plan(
     if checkpoint is None:
         return Check("plan", "warn", "not made: the checkpoint cannot be read"), None
     try:
-        topology = declared_topology(config)
+        topology = known_topology(config)
     except ConfigError as error:
         return Check("plan", "warn", f"not made: {error}"), None
     kinds = [device.kind for device in topology.devices]

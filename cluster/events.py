@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,3 +58,17 @@ def event_json(event: LaunchEvent) -> dict[str, Any]:
     if isinstance(event, Planned):
         return {"event": name, "plan": event.plan.to_json(), "verdict": event.verdict}
     return {"event": name, **asdict(event)}
+
+
+def event_from_json(value: Mapping[str, Any]) -> LaunchEvent:
+    """Return the event that `event_json` made these values of."""
+    name = "".join(part.title() for part in value["event"].split("_"))
+    fields = {key: field for key, field in value.items() if key != "event"}
+    if name == Planned.__name__:
+        return Planned(StagesPlan.from_json(fields["plan"]), fields["verdict"])
+    return _FLAT_EVENTS[name](**fields)
+
+
+_FLAT_EVENTS: dict[str, type[StageProgress | Ready | Stopped]] = {
+    kind.__name__: kind for kind in (StageProgress, Ready, Stopped)
+}

@@ -12,9 +12,10 @@ import gc
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
@@ -26,12 +27,15 @@ from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
 from cluster.gateway.auth import new_token, read_token
-from cluster.gateway.server import open_audit, serve
+from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
+from cluster.journal import Journal, journal_file
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
 from cluster.profile import LOCAL
 from cluster.ray_session import STOP_SIGNALS, ray_session
+from cluster.resuming import Resuming
+from cluster.supervision import Supervisor
 from placement.stages import StagesPlan, split_verdict
 from placement.topology import Device
 from placement.workload import ModelProfile
@@ -39,7 +43,6 @@ from placement.workload import ModelProfile
 _log = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parent.parent
 _PROGRESS_EVERY_S = 0.2
-_WATCH_EVERY_S = 0.5
 _CLOSE_GRACE_S = 2.0
 
 OnEvent = Callable[[LaunchEvent], None]
@@ -55,7 +58,9 @@ class Deployment:
     limits: LaneLimits
     dispatcher: Dispatcher
     fleet: Fleet
+    supervisor: Supervisor
     tokenizer: Tokenizer
+    gateway: GatewayHandle
     http_url: str
     grpc_target: str
     token: str = field(repr=False)
@@ -120,13 +125,20 @@ async def deployment(
         tokenizer = await loading
         # Left after the gateway, whose last requests the fleet still answers.
         fleets = await stack.enter_async_context(AsyncExitStack())
+        resuming = Resuming(
+            dispatcher.generate,
+            Journal(journal_file(config.served_name), keep_s=config.gateway.resume_keep_s),
+            grace_s=config.gateway.resume_grace_s,
+        )
+        stack.push_async_callback(resuming.close)
         try:
-            gateway = await serve(dispatcher, tokenizer, config.gateway, token, audit=audit)
+            gateway = await serve(
+                dispatcher, tokenizer, config.gateway, token, audit=audit, resuming=resuming
+            )
         except ValueError as error:
             raise ConfigError(f"gateway: {error}") from error
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
-            plan=plan,
             devices={device.id: device for device in topology.devices},
             hosts=hosts,
             lane_node=LOCAL,
@@ -139,11 +151,18 @@ async def deployment(
             monitor=monitor,
             keys=dispatcher.keys,
         )
-        fleet = await _deploy(spec, config.ray.start_timeout_s, dispatcher, on_event)
-        await fleets.enter_async_context(_watched(fleet, dispatcher))
-        host = _FleetAdapters(checkpoint, fleet, config.ray.start_timeout_s)
+        fleet = await _deploy(spec, plan, config.ray.start_timeout_s, dispatcher, on_event)
+        fleets.push_async_callback(asyncio.to_thread, fleet.stop)
+        supervisor = Supervisor(config, profile, topology, plan, fleet, dispatcher)
+        host = _FleetAdapters(checkpoint, fleet, config.ray.start_timeout_s, supervisor.fleet_turn)
         await dispatcher.connect(fleet.lane_addresses, host, adapter)
+        fleets.push_async_callback(supervisor.stop)
+        supervisor.start()
+        dispatcher.steer_by(supervisor)
         await _until_serving(dispatcher)
+        num_recalled = resuming.recall()
+        if num_recalled:
+            _log.info("%d requests that had been accepted go on", num_recalled)
         # A full collection that walks torch and transformers stops every stream for 0.3 s.
         gc.freeze()
         stack.callback(gc.unfreeze)
@@ -155,7 +174,9 @@ async def deployment(
             limits=limits,
             dispatcher=dispatcher,
             fleet=fleet,
+            supervisor=supervisor,
             tokenizer=tokenizer,
+            gateway=gateway,
             http_url=gateway.http_url,
             grpc_target=gateway.grpc_target,
             token=token,
@@ -183,10 +204,14 @@ def lane_limits(config: MotleyConfig, checkpoint: Checkpoint, plan: StagesPlan) 
 
 
 async def _deploy(
-    spec: FleetSpec, timeout_s: float, dispatcher: Dispatcher, on_event: OnEvent
+    spec: FleetSpec,
+    plan: StagesPlan,
+    timeout_s: float,
+    dispatcher: Dispatcher,
+    on_event: OnEvent,
 ) -> Fleet:
     """Deploy in a thread while telling how far each stage has loaded."""
-    deploying = asyncio.create_task(asyncio.to_thread(deploy, spec, timeout_s=timeout_s))
+    deploying = asyncio.create_task(asyncio.to_thread(deploy, spec, plan, timeout_s=timeout_s))
     told: dict[int, float] = {}
     while not deploying.done():
         await asyncio.wait((deploying,), timeout=_PROGRESS_EVERY_S)
@@ -195,32 +220,6 @@ async def _deploy(
                 told[stage.index] = stage.loaded_fraction
                 on_event(StageProgress(stage.index, stage.device, stage.loaded_fraction))
     return await deploying
-
-
-@asynccontextmanager
-async def _watched(fleet: Fleet, dispatcher: Dispatcher) -> AsyncIterator[None]:
-    """Turn the death of a stage or lane into a clear refusal of requests; stop all at the end."""
-    stopping = asyncio.Event()
-    watching = asyncio.create_task(_watch(fleet, dispatcher, stopping))
-    try:
-        yield
-    finally:
-        stopping.set()
-        await asyncio.to_thread(fleet.stop)
-        await watching
-
-
-async def _watch(fleet: Fleet, dispatcher: Dispatcher, stopping: asyncio.Event) -> None:
-    while not stopping.is_set():
-        try:
-            reason = await asyncio.to_thread(fleet.lost, _WATCH_EVERY_S)
-        except Exception as error:  # noqa: BLE001 - whatever it is, nobody watches any more
-            if not stopping.is_set():
-                dispatcher.fail(f"Ray does not answer: {error}")
-            return
-        if reason is not None and not stopping.is_set():
-            _log.error("%s", reason)
-            dispatcher.fail(reason)
 
 
 async def _until_serving(dispatcher: Dispatcher) -> None:
@@ -255,6 +254,8 @@ class _FleetAdapters:
     checkpoint: Checkpoint
     fleet: Fleet
     timeout_s: float
+    turn: AbstractContextManager[Any]
+    """Held while the fleet is used."""
 
     def check(self, adapter: Adapter) -> None:
         adapter.check_values()
@@ -262,7 +263,8 @@ class _FleetAdapters:
 
     def load(self, version: int, adapter: Adapter, *, keep: int) -> None:
         try:
-            self.fleet.load_adapter(version, adapter, keep=keep, timeout_s=self.timeout_s)
+            with self.turn:
+                self.fleet.load_adapter(version, adapter, keep=keep, timeout_s=self.timeout_s)
         except FleetError as error:
             raise PublishFailed(f"{error}; version {keep} is still in use") from error
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from cluster.planning import declared_device, topology_of
+from cluster.planning import declared_device, declared_devices, topology_of
 from cluster.profile_cache import ProfileCache
 from cluster.profile_cache import fingerprint as fingerprint
 from cluster.profile_cache import read_profile as read_profile
@@ -171,12 +171,35 @@ def measured_devices(
 
 def measured_topology(profile: Profile, config: MotleyConfig, model: ModelProfile) -> Topology:
     """Return devices and links to plan with; raises like `measured_devices`."""
-    declared = topology_of(config, measured_devices(profile, config, model))
-    nodes = {device.node for device in declared.devices}
+    return _joined(config, measured_devices(profile, config, model), profile.links)
+
+
+def known_topology(config: MotleyConfig) -> Topology:
+    """Return devices that are all declared, joined by declared links, else by measured ones.
+
+    Within a node such devices are joined as if nothing had been measured.
+
+    Raises:
+        ConfigError: Some figure of a device is not declared, or a cached file is damaged.
+    """
+    devices = declared_devices(config)
+    measured = ProfileCache("").links()
+    nodes = [device.node for device in devices]
+    between = [pair for pair in wanted_links(nodes) if pair[0] != pair[1]]
+    found = [link_between(config, measured, source, target) for source, target in between]
+    return _joined(config, devices, [link for link in found if link is not None])
+
+
+def _joined(
+    config: MotleyConfig, devices: Sequence[Device], links: Sequence[LinkProfile]
+) -> Topology:
+    """Join devices by the links that are declared; the given ones join the other nodes."""
+    declared = topology_of(config, devices)
+    nodes = {device.node for device in devices}
     ends = {frozenset((link.source_node, link.target_node)) for link in config.links}
     measured = tuple(
         link.to_link()
-        for link in profile.links
+        for link in links
         if {link.source_node, link.target_node} <= nodes
         and frozenset((link.source_node, link.target_node)) not in ends
     )

@@ -14,8 +14,8 @@ import subprocess
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-_UP_COMMAND = re.compile(r"(-m cluster|motley|cluster/__main__\.py)\s(.*\s)?up\b")
-"""How `motley up` looks in a process list, however it was started."""
+_COMMAND = r"(-m cluster|motley|cluster/__main__\.py)\s(.*\s)?{verb}\b"
+"""How a verb of `motley` looks in a process list, however it was started."""
 
 
 class NotRunningError(RuntimeError):
@@ -58,16 +58,26 @@ def state_file(name: str) -> Path:
     return run_folder() / f"{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.json"
 
 
+def log_file(name: str) -> Path:
+    """Return the file that a deployment of `motley up --detach` logs to."""
+    return state_file(name).with_suffix(".log")
+
+
 def write_state(state: RunState) -> Path:
-    """Write the file whole and readable by its owner only: it holds the token."""
+    """Write the deployment's file, which holds the token."""
     path = state_file(state.name)
+    write_private(path, json.dumps(asdict(state)))
+    return path
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file whole and readable by its owner only; its folder is made if need be."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     draft = path.with_suffix(f".{os.getpid()}.tmp")
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump(asdict(state), file)
+        file.write(text)
     draft.replace(path)
-    return path
 
 
 def remove_state(state: RunState) -> None:
@@ -104,8 +114,13 @@ def find_state(name: str | None = None) -> RunState:
 
 
 def is_running(state: RunState) -> bool:
-    """Whether the process that wrote the file still lives: ids are reused, so look at its name."""
-    return bool(_UP_COMMAND.search(_command_line(state.pid)))
+    """Whether the process that wrote the file still lives."""
+    return runs_verb(state.pid, "up")
+
+
+def runs_verb(pid: int, verb: str) -> bool:
+    """Whether a process runs that verb of `motley`: ids are reused, so its name is looked at."""
+    return bool(re.search(_COMMAND.format(verb=verb), _command_line(pid)))
 
 
 def _command_line(pid: int) -> str:

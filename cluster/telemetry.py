@@ -22,11 +22,19 @@ from prometheus_client.core import (
     GaugeMetricFamily,
     InfoMetricFamily,
     Metric,
+    SummaryMetricFamily,
 )
 from prometheus_client.registry import Collector
 
 from actors.engine.requests import Request, RequestError, RequestOutput
-from cluster.backend import DeploymentStatus, LaneStatus, ModelInfo, Overloaded, Unavailable
+from cluster.backend import (
+    ControllerStatus,
+    DeploymentStatus,
+    LaneStatus,
+    ModelInfo,
+    Overloaded,
+    Unavailable,
+)
 
 Outcome = Literal[
     "completed", "aborted", "cancelled", "failed", "invalid", "overloaded", "unavailable"
@@ -171,6 +179,8 @@ class _DeploymentCollector(Collector):
         for link, num_bytes in sorted(self._status.link_bytes.items()):
             links.add_metric([link], num_bytes)
         yield links
+        if self._status.controller is not None:
+            yield from _controller_families(self._status.controller)
 
     def _overall(self) -> Iterable[Metric]:
         status = self._status
@@ -234,6 +244,32 @@ class _DeploymentCollector(Collector):
         for lane in self._status.lanes:
             family.add_metric([str(lane.index)], value_of(lane))
         return family
+
+
+def _controller_families(controller: ControllerStatus) -> Iterable[Metric]:
+    yield GaugeMetricFamily(
+        "motley_controller_epoch", "Number of the plan asked for last.", controller.epoch
+    )
+    phase = GaugeMetricFamily(
+        "motley_controller_phase", "1 for what the controller does now.", labels=["phase"]
+    )
+    phase.add_metric([controller.phase], 1)
+    yield phase
+    moves = CounterMetricFamily(
+        "motley_controller_moves", "Rebalances that have ended.", labels=["outcome"]
+    )
+    for outcome, count in sorted(controller.moves.items()):
+        moves.add_metric([outcome], count)
+    yield moves
+    yield SummaryMetricFamily(
+        "motley_controller_pause_seconds",
+        "How long lanes were held at a switch of plans.",
+        count_value=controller.num_pauses,
+        sum_value=controller.pause_s,
+    )
+    yield GaugeMetricFamily(
+        "motley_controller_last_pause_seconds", "The latest such pause.", controller.last_pause_s
+    )
 
 
 def software_version() -> str:

@@ -11,6 +11,7 @@ Shapes: T rows, N decoding sequences, L context, Hq query heads, Hk KV heads, D 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,12 +39,43 @@ class KVCache:
         device: torch.device,
     ) -> None:
         self.block_tokens = block_tokens
-        shape = (num_blocks, block_tokens, 2, num_kv_heads, head_dim)
-        self._blocks = {i: torch.zeros(shape, dtype=dtype, device=device) for i in layers}
+        self._shape = (num_blocks, block_tokens, 2, num_kv_heads, head_dim)
+        self._options: dict[str, Any] = {"dtype": dtype, "device": device}
+        self._blocks = {i: torch.zeros(self._shape, **self._options) for i in layers}
 
     @property
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self._blocks.values())
+
+    def recut(self, layers: Sequence[int]) -> KVCache:
+        """Return a cache of other layers; those that both have they share."""
+        cache = copy(self)
+        cache._blocks = {
+            i: self._blocks[i] if i in self._blocks else torch.zeros(self._shape, **self._options)
+            for i in layers
+        }
+        return cache
+
+    def take(self, layers: Sequence[int], blocks: Sequence[int]) -> torch.Tensor:
+        """Return a copy of blocks of some layers: (layers, blocks, block_tokens, 2, Hk, D)."""
+        index = torch.tensor(blocks, dtype=torch.int64, device=self._options["device"])
+        return torch.stack([self._blocks[layer].index_select(0, index) for layer in layers])
+
+    def put(self, layers: Sequence[int], blocks: Sequence[int], values: torch.Tensor) -> None:
+        """Store what another cache's `take` returned.
+
+        Raises:
+            ValueError: It has another shape or type than these layers and blocks.
+        """
+        shape = (len(layers), len(blocks), *self._shape[1:])
+        if values.shape != shape or values.dtype != self._options["dtype"]:
+            raise ValueError(
+                f"KV of shape {tuple(values.shape)} and {values.dtype} was sent; layers {layers} "
+                f"and {len(blocks)} blocks take {shape} of {self._options['dtype']}"
+            )
+        index = torch.tensor(blocks, dtype=torch.int64, device=self._options["device"])
+        for layer, part in zip(layers, values.to(self._options["device"]), strict=True):
+            self._blocks[layer][index] = part
 
     def copy_blocks(self, copies: Sequence[tuple[int, int]]) -> None:
         """Copy whole blocks (source, destination) in every layer, all at once."""

@@ -81,6 +81,8 @@ class StepBatch:
     """For each scored prompt, the token that follows each of its rows (one short at the end)."""
     adapter_version: int = 0
     """What every stage runs the step with; 0: the base model."""
+    life: int = 0
+    """Of the lane: a step of one that was lost and replaced is dropped."""
 
     @property
     def num_tokens(self) -> int:
@@ -125,6 +127,7 @@ class StepBatch:
             [
                 self.lane, self.step, self.epoch, self.tokens, self.rows, self.copies,
                 self.drawn, self.draws, self.prompt_logprobs, self.targets, self.adapter_version,
+                self.life,
             ]
         )  # fmt: skip
         return data
@@ -133,13 +136,13 @@ class StepBatch:
     def decode(cls, data: bytes | memoryview) -> StepBatch:
         """Decode a step; raises ValueError when it is malformed."""
         try:
-            fields = unpack(data)
-            lane, step, epoch, tokens, rows, copies, drawn, draws, scored, targets, version = fields
+            *head, rows, copies, drawn, draws, scored, targets, version, life = unpack(data)
+            lane, step, epoch, tokens = head
             batch = cls(
                 lane, step, epoch, tokens,
                 [Rows(*entry) for entry in rows], [(s, d) for s, d in copies],
                 drawn, [Draw(*entry) for entry in draws], [(i, k) for i, k in scored], targets,
-                version,
+                version, life,
             )  # fmt: skip
             wrong = _what_is_wrong(batch)
         except (TypeError, ValueError) as error:
@@ -162,8 +165,8 @@ def _what_is_wrong(batch: StepBatch) -> str:
     checks = (
         ("lane", is_whole(batch.lane)),
         (
-            "step, epoch or adapter",
-            are_whole((batch.step, batch.epoch, batch.adapter_version), high=2**63 - 1),
+            "step, epoch, adapter or life",
+            are_whole((batch.step, batch.epoch, batch.adapter_version, batch.life), high=2**63 - 1),
         ),
         ("tokens", are_whole(batch.tokens)),
         ("rows", are_whole(starts) and are_whole(lengths, low=1) and _are_lists(blocks)),

@@ -100,7 +100,7 @@ class LaneLimits:
 class Scheduler:
     """The batch of one lane."""
 
-    def __init__(self, limits: LaneLimits, *, lane: int = 0, epoch: int = 0) -> None:
+    def __init__(self, limits: LaneLimits, *, lane: int = 0, life: int = 0, epoch: int = 0) -> None:
         self.limits = limits
         self.pool = BlockPool(
             limits.num_blocks, limits.block_tokens, prefix_cache=limits.prefix_cache
@@ -109,6 +109,7 @@ class Scheduler:
         self.prefix_hit_tokens = 0
         self.adapter_version = 0
         self._lane = lane
+        self._life = life
         self._epoch = epoch
         self._next_step = 0
         self._next_order = 0
@@ -137,6 +138,18 @@ class Scheduler:
         self.adapter_version = version
         self.pool.forget_contents(sequence.table for sequence in self._running)
 
+    def use_epoch(self, epoch: int, *, recompute: bool) -> None:
+        """Send the next steps to the stages of another plan.
+
+        Of layers that have moved, the new holders have the KV of `pool.referenced()` blocks. With
+        `recompute` they have none: every sequence runs again from its tokens, and draws the same.
+        """
+        self._epoch = epoch
+        if recompute:
+            for sequence in list(self._running):
+                self._preempt(sequence)
+        self.pool.forget_unreferenced()
+
     def requests(self) -> list[str]:
         return list(self._by_request)
 
@@ -161,9 +174,12 @@ class Scheduler:
         if request.id in self._by_request:
             raise RequestError(f"request id {request.id!r} is already in flight", "id")
         sequences: list[Choice] = []
-        for index in range(request.n):
-            leader = sequences[0] if index else None
-            sequences.append(Choice(request, index, list(request.prompt), self._next_order, leader))
+        for index, drawn in enumerate(request.progress or ((),) * request.n):
+            if drawn is None:
+                continue
+            leader = sequences[0] if index and not request.progress else None
+            tokens = [*request.prompt, *drawn]
+            sequences.append(Choice(request, index, tokens, self._next_order, leader))
             self._next_order += 1
         self._waiting.extend(sequences)
         self._by_request[request.id] = list(sequences)
@@ -362,7 +378,7 @@ class Scheduler:
         batch = StepBatch(
             self._lane, self._next_step, self._epoch, tokens, rows, copies, drawn,
             [self._draw_spec(sequence) for sequence in drawing], scored, targets,
-            self.adapter_version,
+            self.adapter_version, self._life,
         )  # fmt: skip
         self._next_step += 1
         return Step(batch, sequences, drawing)

@@ -148,6 +148,17 @@ class BlockPool:
             table.contents = []
             table.is_outdated = True
 
+    def referenced(self) -> list[int]:
+        """Return the blocks that some sequence holds."""
+        return [block for block, count in enumerate(self._references) if count]
+
+    def forget_unreferenced(self) -> None:
+        """Share what live sequences hold, and nothing else, with newcomers: only that was moved."""
+        for block in self._free:
+            content = self._content_of.pop(block, None)
+            if content is not None:
+                del self._block_of[content[1]]
+
     def check(self, tables: Sequence[BlockTable]) -> None:
         """Raise AssertionError unless every block is accounted for by `tables` (for tests)."""
         counts = [0] * self.num_blocks

@@ -47,15 +47,22 @@ class LaneCore:
     """The batch, the text and the clockwork of one lane."""
 
     def __init__(
-        self, limits: LaneLimits, tokenizer: Tokenizer, *, lane: int = 0, epoch: int = 0
+        self,
+        limits: LaneLimits,
+        tokenizer: Tokenizer,
+        *,
+        lane: int = 0,
+        life: int = 0,
+        epoch: int = 0,
     ) -> None:
-        self._scheduler = Scheduler(limits, lane=lane, epoch=epoch)
+        self._scheduler = Scheduler(limits, lane=lane, life=life, epoch=epoch)
         self._limits = limits
         self._tokenizer = tokenizer
         self._text: dict[Choice, Detokenizer] = {}
         self._deadlines: dict[str, float] = {}
         self._scored: set[str] = set()
         self._in_flight: Step | None = None
+        self._is_held = False
         self._wanted_adapter = 0
         self._unrendered: list[Advance] = []
         self._sent_s = 0.0
@@ -77,7 +84,10 @@ class LaneCore:
         except RequestError as error:
             return [_failed(request.id, 0, str(error))]
         for choice in choices:
-            self._text[choice] = Detokenizer(self._tokenizer, request.prompt, request.sampling.stop)
+            text = Detokenizer(self._tokenizer, request.prompt, request.sampling.stop)
+            for token in choice.tokens[choice.num_prompt :]:
+                text.push(token)  # its client has it already
+            self._text[choice] = text
         if request.deadline_s is not None:
             self._deadlines[request.id] = now_s + request.deadline_s
         return []
@@ -111,9 +121,33 @@ class LaneCore:
         self._scheduler.use_adapter(self._wanted_adapter)
         return True
 
+    def hold(self, *, forget_step: bool = False) -> None:
+        """Send no step until `go_on`; with `forget_step` the one in flight will have no answer."""
+        self._is_held = True
+        if forget_step:
+            self._in_flight = None
+
+    def blocks_at_boundary(self) -> list[int] | None:
+        """Return the blocks in use while the lane is held; None until its step is back."""
+        is_at_boundary = self._is_held and self._in_flight is None
+        return self._scheduler.pool.referenced() if is_at_boundary else None
+
+    def go_on(self, epoch: int, *, recompute: bool) -> None:
+        """Go on with the stages of another plan; see `Scheduler.use_epoch`."""
+        self._scheduler.use_epoch(epoch, recompute=recompute)
+        self.release()
+
+    def release(self) -> None:
+        """Send steps again."""
+        self._is_held = False
+
+    @property
+    def is_held(self) -> bool:
+        return self._is_held
+
     def next_step(self, now_s: float) -> Step | None:
         """Return the step to send, or None while one is in flight or nothing can run."""
-        if self._in_flight is not None:
+        if self._in_flight is not None or self._is_held:
             return None
         self._in_flight = self._scheduler.schedule()
         self._sent_s = now_s

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from actors.engine.attention import ATTENTION_NAME
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.skeleton import build_skeleton
 
+_NONE = -1
 _NAME = "motley"
 """What PEFT calls the one adapter of each layer."""
 _DTYPES = {
@@ -52,18 +53,40 @@ class SliceAdapters:
 
     def __init__(self, layers: Mapping[str, torch.nn.Module]) -> None:
         """`layers` are the slice's decoder layers by their names, as model.layers.3."""
-        self._slots = {
-            f"{prefix}.{name}": _Slot(
-                layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
-            )
-            for prefix, layer in layers.items()
-            for name, module in layer.named_modules()
-            if isinstance(module, torch.nn.Linear)
-        }
-        self._layers = sorted(int(prefix.rpartition(".")[2]) for prefix in layers)
+        self._slots = _slots(layers)
+        self._layers = sorted(_number(prefix) for prefix in layers)
+        self._adapters: dict[int, Adapter] = {}
         self._versions: dict[int, dict[str, torch.nn.Module]] = {0: {}}
         self._used = 0
         self._loading = threading.Lock()
+        self._placing = threading.Lock()
+        """Never held for long: a step may wait for it."""
+
+    def cover(self, layers: Mapping[str, torch.nn.Module]) -> None:
+        """Adapt these layers from now on; versions that are loaded are made for new ones too.
+
+        Layers that are left out go on as they are, with the version in use.
+
+        Raises:
+            AdapterError: As `load`.
+        """
+        with self._loading:
+            new = {prefix: layer for prefix, layer in layers.items() if not self._has(prefix)}
+            slots = {n: s for n, s in self._slots.items() if _prefix(n) in layers} | _slots(new)
+            versions: dict[int, dict[str, torch.nn.Module]] = {0: {}}
+            for version, adapter in self._adapters.items():
+                names = _adapted(adapter, [_number(prefix) for prefix in new])
+                made = self._wrap(adapter, names, slots)
+                old = {n: m for n, m in self._versions[version].items() if n in slots}
+                versions[version] = old | made
+            with self._placing:
+                self._slots, self._versions = slots, versions
+                self._layers = sorted(_number(prefix) for prefix in layers)
+                # The new layers hang there unadapted: the next step puts its version into all.
+                self._used = _NONE
+
+    def _has(self, prefix: str) -> bool:
+        return _number(prefix) in self._layers
 
     @property
     def versions(self) -> tuple[int, ...]:
@@ -83,10 +106,11 @@ class SliceAdapters:
             AdapterError: The slice has no such linear layer, or one of another shape.
         """
         with self._loading:
-            names = adapter.modules(self._layers[0], self._layers[-1] + 1)
-            made = self._wrap(adapter, names) if names else {}
+            made = self._wrap(adapter, _adapted(adapter, self._layers), self._slots)
             kept = {old: self._versions[old] for old in {0, keep}}
             self._versions = kept | {version: made}
+            held = {old: self._adapters[old] for old in {keep} & self._adapters.keys()}
+            self._adapters = held | {version: adapter}
 
     def use(self, version: int) -> None:
         """Run the next steps with a loaded version.
@@ -96,22 +120,28 @@ class SliceAdapters:
         """
         if version == self._used:
             return
-        made = self._versions.get(version)
-        if made is None:
-            raise ValueError(
-                f"adapter version {version} is not loaded; there are {list(self.versions)}"
-            )
-        for name, slot in self._slots.items():
-            slot.put(made.get(name, slot.base))
-        self._used = version
+        with self._placing:
+            made = self._versions.get(version)
+            if made is None:
+                raise ValueError(
+                    f"adapter version {version} is not loaded; there are {list(self.versions)}"
+                )
+            for name, slot in self._slots.items():
+                slot.put(made.get(name, slot.base))
+            self._used = version
 
-    def _wrap(self, adapter: Adapter, names: Iterable[str]) -> dict[str, torch.nn.Module]:
+    @staticmethod
+    def _wrap(
+        adapter: Adapter, names: Collection[str], slots: Mapping[str, _Slot]
+    ) -> dict[str, torch.nn.Module]:
         """Return PEFT's layers around the slice's own; the slice itself is left as it is."""
+        if not names:
+            return {}
         bases = {}
         for name in names:
-            if name not in self._slots:
+            if name not in slots:
                 raise AdapterError(f"adapter {adapter.name}: the model has no linear layer {name}")
-            bases[name] = self._slots[name].base
+            bases[name] = slots[name].base
         tree = _tree(bases)
         inject_adapter_in_model(_config(adapter, bases), tree, _NAME, low_cpu_mem_usage=True)
         made = _lora_layers(tree)
@@ -123,6 +153,30 @@ class SliceAdapters:
             layer.lora_B[_NAME].weight = _parameter(b, adapter, device)
             layer.eval()
         return made
+
+
+def _slots(layers: Mapping[str, torch.nn.Module]) -> dict[str, _Slot]:
+    return {
+        f"{prefix}.{name}": _Slot(
+            layer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module
+        )
+        for prefix, layer in layers.items()
+        for name, module in layer.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    }
+
+
+def _adapted(adapter: Adapter, layers: Iterable[int]) -> list[str]:
+    return [name for number in layers for name in adapter.modules(number, number + 1)]
+
+
+def _prefix(name: str) -> str:
+    """Return model.layers.3 of model.layers.3.self_attn.q_proj."""
+    return ".".join(name.split(".")[:3])
+
+
+def _number(prefix: str) -> int:
+    return int(prefix.rpartition(".")[2])
 
 
 def check_fits(adapter: Adapter, checkpoint: Checkpoint) -> None:

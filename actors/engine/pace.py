@@ -17,14 +17,19 @@ from placement.costs import StageCost
 
 @dataclass(slots=True)
 class DeviceClock:
-    """Accounts for a device's steps and, when `cost` is given, paces them.
+    """Accounts for a device's steps and, when the device is paced, paces them.
 
     `now_s` and `sleep` are arguments so that tests need no real time.
     """
 
     now_s: Callable[[], float]
     sleep: Callable[[float], None]
-    cost: StageCost | None = None
+    is_paced: bool = False
+    slowness: float = 1.0
+    """Of a paced device: how many times as long as declared it takes; to try what a slow one does
+    to a plan."""
+    predicted_s: float = 0.0
+    """What the cost model says for the steps so far."""
     busy_s: float = 0.0
     """Time the device was occupied: real work, or the declared time when that is longer."""
     late_s: float = 0.0
@@ -32,13 +37,12 @@ class DeviceClock:
     late_steps: int = 0
     steps: int = 0
 
-    def finish(self, batch: StepBatch, started_s: float) -> float:
+    def finish(self, batch: StepBatch, started_s: float, cost: StageCost) -> float:
         """End the step that began at `started_s`; returns the seconds it occupied the device."""
-        if self.cost is not None:
-            declared_s = self.cost.step_s(
-                batch.num_tokens, batch.context_tokens, batch.num_head_rows
-            )
-            self._wait_until(started_s + declared_s)
+        declared_s = cost.step_s(batch.num_tokens, batch.context_tokens, batch.num_head_rows)
+        self.predicted_s += declared_s
+        if self.is_paced:
+            self._wait_until(started_s + declared_s * self.slowness)
         occupied_s = self.now_s() - started_s
         self.busy_s += occupied_s
         self.steps += 1

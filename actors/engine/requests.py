@@ -139,6 +139,11 @@ class Request:
     n: int = 1
     deadline_s: float | None = None
     """Seconds from arrival after which the request is ended with what it has."""
+    is_named: bool = False
+    """Its client has chosen the id, and may send it again."""
+    progress: tuple[tuple[int, ...] | None, ...] = ()
+    """Of a request that goes on after a lane was lost: for each choice the tokens that were drawn,
+    or None when it has ended. Empty: it begins."""
 
     def __post_init__(self) -> None:
         if not self.prompt:
@@ -146,6 +151,8 @@ class Request:
         _check_int("n", self.n, 1, MAX_CHOICES)
         if self.deadline_s is not None and not self.deadline_s > 0:
             raise RequestError(f"deadline_s ({self.deadline_s}) must be above 0", "deadline_s")
+        if self.progress and len(self.progress) != self.n:
+            raise RequestError(f"progress of {len(self.progress)} of {self.n} choices", "progress")
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -154,6 +161,8 @@ class Request:
             "sampling": self.sampling.to_wire(),
             "n": self.n,
             "deadline_s": self.deadline_s,
+            "is_named": self.is_named,
+            "progress": self.progress,
         }
 
     @classmethod
@@ -172,6 +181,8 @@ class Request:
             sampling=SamplingParams.from_wire(value["sampling"]),
             n=value["n"],
             deadline_s=value["deadline_s"],
+            is_named=bool(value.get("is_named")),
+            progress=tuple(None if p is None else tuple(p) for p in value.get("progress", ())),
         )
 
 

@@ -8,6 +8,9 @@ Knows neither Ray nor sockets: it runs in a plain process.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 
 from actors.engine import sampling
@@ -18,6 +21,10 @@ from actors.engine.config import EngineConfig
 from actors.engine.lora import SliceAdapters
 from actors.engine.requests import TokenLogprob
 from actors.engine.skeleton import Progress, build_skeleton, fill_parameters
+
+_EMBED = "model.embed_tokens"
+_NORM = "model.norm"
+_HEAD = "lm_head"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -32,7 +39,8 @@ class StageSlice:
     """A contiguous slice of a checkpoint's layers with one KV cache a lane.
 
     `num_kv_blocks` is each lane's. `bytes_read` counts the tensor bytes taken
-    from disk: the slice's own and no others.
+    from disk: the slice's own and no others. A slice made by `recut` shares layers and their KV
+    with the one it came from; what neither of two needs goes with the last that has it.
     """
 
     def __init__(
@@ -46,6 +54,7 @@ class StageSlice:
         num_lanes: int = 1,
         device: str = "cpu",
         on_progress: Progress | None = None,
+        held: StageSlice | None = None,
     ) -> None:
         if not 0 <= first_layer < end_layer <= checkpoint.num_layers:
             raise ValueError(
@@ -56,21 +65,40 @@ class StageSlice:
         self.end_layer = end_layer
         self.is_first = first_layer == 0
         self.is_last = end_layer == checkpoint.num_layers
+        self._config = config
         self.device = torch.device(device)
         self.dtype = resolve_dtype(config.dtype, self.device)
+        self._checkpoint = checkpoint
         model = build_skeleton(checkpoint, self.dtype, attention=ATTENTION_NAME)
-        decoder = model.model
-        self.layers = [decoder.layers[i] for i in range(first_layer, end_layer)]
         # Buffers (inverse frequencies) are computed, not stored, so they are built for real.
-        self.rotary = type(decoder.rotary_emb)(config=model.config).to(self.device)
-        self.embedding = decoder.embed_tokens if self.is_first else None
-        self.norm = decoder.norm if self.is_last else None
-        self.head = model.lm_head if self.is_last else None
-        self.bytes_read = self._load(checkpoint, on_progress or (lambda _: None))
-        self.adapters = SliceAdapters(
-            {f"model.layers.{i}": layer for i, layer in enumerate(self.layers, start=first_layer)}
+        self.rotary = type(model.model.rotary_emb)(config=model.config).to(self.device)
+        names = [f"model.layers.{i}" for i in range(first_layer, end_layer)]
+        names += [_EMBED] * self.is_first + [_NORM, _HEAD] * self.is_last
+        shared = {} if held is None else held._modules
+        self._modules: dict[str, Any] = {
+            name: shared[name] if name in shared else model.get_submodule(name) for name in names
+        }
+        self.bytes_read = self._load(
+            {name: module for name, module in self._modules.items() if name not in shared},
+            on_progress or (lambda _: None),
         )
-        self._bounds = StepBounds(checkpoint.vocab_size, num_kv_blocks, config.kv_block_tokens)
+        self.layers = [self._modules[name] for name in names[: end_layer - first_layer]]
+        self.embedding = self._modules.get(_EMBED)
+        self.norm = self._modules.get(_NORM)
+        self.head = self._modules.get(_HEAD)
+        self._bounds: StepBounds = (
+            StepBounds(checkpoint.vocab_size, num_kv_blocks, config.kv_block_tokens)
+            if held is None
+            else held._bounds
+        )
+        if held is not None:
+            self.adapters: SliceAdapters = held.adapters
+            self.adapters.cover(held._decoder_layers() | self._decoder_layers())
+            self.kv: list[KVCache] = [
+                cache.recut(range(first_layer, end_layer)) for cache in held.kv
+            ]
+            return
+        self.adapters = SliceAdapters(self._decoder_layers())
         attention = self.layers[0].self_attn
         self.kv = [
             KVCache(
@@ -85,11 +113,39 @@ class StageSlice:
             for _ in range(num_lanes)
         ]
 
+    def recut(
+        self, first_layer: int, end_layer: int, *, on_progress: Progress | None = None
+    ) -> StageSlice:
+        """Return the slice [first_layer, end_layer), which reads only what this one lacks.
+
+        Both may run, and steps of this one beside the call, until `settle`.
+        """
+        return StageSlice(
+            self._checkpoint,
+            first_layer,
+            end_layer,
+            config=self._config,
+            num_kv_blocks=0,
+            device=str(self.device),
+            on_progress=on_progress,
+            held=self,
+        )
+
+    def settle(self, old: Iterable[StageSlice]) -> None:
+        """Free what the slices have that this one was cut from and lacks; they run no more."""
+        self.adapters.cover(self._decoder_layers())
+        for slice_ in old:
+            slice_.kv = []
+            for name in slice_._modules.keys() - self._modules.keys():
+                for parameter in slice_._modules[name].parameters():
+                    # Modules may hang in cycles, and a collector that was frozen sees none.
+                    parameter.data = parameter.data.new_empty(0)
+
     @property
     def weight_bytes(self) -> int:
         return sum(
             parameter.numel() * parameter.element_size()
-            for module in self._modules().values()
+            for module in self._modules.values()
             for parameter in module.parameters()
         )
 
@@ -168,43 +224,48 @@ class StageSlice:
         entries = sampling.logprobs(self.logits(hidden_TH), targets, [k] * len(targets))
         return [entry for entry in entries if entry is not None]
 
-    def _modules(self) -> dict[str, torch.nn.Module]:
-        modules: dict[str, torch.nn.Module] = {
-            f"model.layers.{i}": layer
-            for i, layer in enumerate(self.layers, start=self.first_layer)
-        }
-        named = {
-            "model.embed_tokens": self.embedding,
-            "model.norm": self.norm,
-            "lm_head": self.head,
-        }
-        return modules | {name: module for name, module in named.items() if module is not None}
+    def _decoder_layers(self) -> dict[str, Any]:
+        names = [f"model.layers.{i}" for i in range(self.first_layer, self.end_layer)]
+        return {name: self._modules[name] for name in names}
 
-    def _load(self, checkpoint: Checkpoint, on_progress: Progress) -> int:
-        """Materialise the slice's parameters from its own tensors; returns the bytes read."""
-        for module in self._modules().values():
+    def _load(self, modules: Mapping[str, torch.nn.Module], on_progress: Progress) -> int:
+        """Materialise modules from their own tensors; returns the bytes read."""
+        for module in modules.values():
             module.to_empty(device=self.device)
             module.requires_grad_(False)
             if self.device.type == "cpu":
                 _store_by_columns(module)
         pending = {
             f"{prefix}.{name}": parameter
-            for prefix, module in self._modules().items()
+            for prefix, module in modules.items()
             for name, parameter in module.named_parameters()
         }
+        owned = [
+            info
+            for info in self._checkpoint.owned(self.first_layer, self.end_layer)
+            if self._targets(info, modules)
+        ]
         return fill_parameters(
-            checkpoint,
-            checkpoint.owned(self.first_layer, self.end_layer),
+            self._checkpoint,
+            owned,
             pending,
-            targets=lambda info: self._targets(checkpoint, info),
+            targets=lambda info: self._targets(info, modules),
             on_progress=on_progress,
         )
 
-    def _targets(self, checkpoint: Checkpoint, info: TensorInfo) -> list[str]:
-        """Parameters that a stored tensor fills; a tied embedding is the head too."""
-        if info.parameter != EMBEDDING or checkpoint.has_own_head:
-            return [info.parameter]
-        return [EMBEDDING] * self.is_first + [HEAD] * self.is_last
+    def _targets(self, info: TensorInfo, modules: Mapping[str, torch.nn.Module]) -> list[str]:
+        """Parameters of these modules that a stored tensor fills; a tied embedding is the head
+        too."""
+        names = [info.parameter]
+        if info.parameter == EMBEDDING and not self._checkpoint.has_own_head:
+            names = [EMBEDDING] * self.is_first + [HEAD] * self.is_last
+        return [name for name in names if _module_of(name) in modules]
+
+
+def _module_of(parameter: str) -> str:
+    """Return which of a slice's modules a parameter belongs to."""
+    parts = parameter.split(".")
+    return ".".join(parts[:3]) if parts[1] == "layers" else parameter.rpartition(".")[0]
 
 
 def _store_by_columns(root: torch.nn.Module) -> None:

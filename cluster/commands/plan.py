@@ -26,7 +26,13 @@ from cluster.commands.tables import (
 from cluster.config import ConfigError, MotleyConfig
 from cluster.forecast import Forecast, TrainingForecast, forecast, training_forecast
 from cluster.planning import declared_topology, dtype_bytes
-from cluster.profile import fingerprint, load_cached, measured_topology, read_profile
+from cluster.profile import (
+    fingerprint,
+    known_topology,
+    load_cached,
+    measured_topology,
+    read_profile,
+)
 from placement.serving_schedule import serving_events, track_nodes
 from placement.stages import StagesPlan
 from placement.topology import DeviceKind, Topology
@@ -83,7 +89,7 @@ def _known(config: MotleyConfig, file: Path | None) -> tuple[ModelProfile, Topol
 
     specs = config.devices
     if file is None and specs is not None and not any(spec.missing_figures for spec in specs):
-        return model([spec.kind for spec in specs]), declared_topology(config)
+        return model([spec.kind for spec in specs]), known_topology(config)
     of_checkpoint = fingerprint(read_configuration(config.model))
     measured = (
         load_cached(config, of_checkpoint) if file is None else read_profile(file, of_checkpoint)

@@ -16,9 +16,10 @@ from rich.text import Text
 
 from cluster.commands.errors import NotReadyError, RefusedError, UnauthorizedError
 from cluster.commands.output import Output
-from cluster.commands.tables import lane_table, status_table
+from cluster.commands.tables import lane_table, runs_table, status_table
 from cluster.gateway.settings import is_loopback
 from cluster.runstate import NotRunningError
+from cluster.trainstate import training_states
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,14 +34,20 @@ class HttpTarget:
 
 
 def show_status(target: HttpTarget, output: Output) -> None:
-    """Write the deployment's status; raises `NotReadyError` after writing when it is not ready."""
+    """Write the deployment's status, and for people this machine's training runs.
+
+    Raises:
+        NotReadyError: It is not ready; after writing.
+    """
     status = fetch_json(target, "/status")
     state = "ready" if status["ready"] else f"not ready: {status['reason']}"
+    runs = training_states()
     output.result(
         status,
         Text(f"{target.url}: {state}, plan {status['epoch']}, {adapter_text(status['adapter'])}"),
         status_table(status["stages"]),
         lane_table(status["lanes"]),
+        *([runs_table(runs)] if runs else []),
     )
     if not status["ready"]:
         raise NotReadyError(

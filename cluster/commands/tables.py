@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster.quantities import format_bytes
+from cluster.training.report import format_duration
+from cluster.trainstate import TrainingState
 from placement.decode import DecodePlan
 from placement.front import StageFront
 from placement.shards import ShardsPlan
@@ -24,6 +26,7 @@ _CUT = 6
 """Stages, or devices, that one line names."""
 _NAMED_DEVICES = 4
 _LEFT_OUT_LINES = 8
+_RUNS = 8
 
 
 def plan_table(plan: StagesPlan) -> Table:
@@ -246,6 +249,25 @@ def lane_table(lanes: list[Mapping[str, Any]]) -> Table:
             f"{lane['blocks_in_use']}/{lane['num_blocks']}",
             str(lane["preemptions"]),
             str(lane["prefix_hit_tokens"]),
+        )
+    return table
+
+
+def runs_table(runs: Sequence[TrainingState]) -> Table:
+    """Show how far the training runs of this machine are."""
+    table = _table("training runs")
+    table.add_column("run")
+    table.add_column("state")
+    for heading in ("step", "loss", "tokens/s", "ETA"):
+        table.add_column(heading, justify="right")
+    for run in runs[:_RUNS]:
+        table.add_row(
+            Text(run.name),
+            run.phase,
+            f"{run.step}/{run.num_steps}",
+            "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.tokens_per_s is None else f"{run.tokens_per_s:.0f}",
+            "" if run.eta_s is None else format_duration(run.eta_s),
         )
     return table
 

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cluster.commands.output import Output
 from cluster.commands.settings import chosen_config
+from cluster.commands.train_state import tell_others
 from cluster.config import ConfigError, MotleyConfig
 from cluster.training.checkpoints import RunFolder
 from cluster.training.documents import DataError
@@ -118,7 +119,10 @@ def train(
             report_to(output.errors, output.line if output.as_json else None)
         )
         scalars = stack.enter_context(scalars_in(config.training.output / CURVES, note))
-        listeners: list[Listener] = [report, scalars, *([] if trace is None else [trace])]
+        teller = stack.enter_context(
+            tell_others(config.training.output, config.training.steps, note)
+        )
+        listeners: list[Listener] = [report, scalars, teller, *([] if trace is None else [trace])]
 
         def on_event(event: TrainingEvent) -> None:
             if isinstance(event, TrainingFinished):

@@ -37,12 +37,7 @@ Launcher = Callable[[MotleyConfig, Callable[[LaunchEvent], None]], None]
 def bring_up(config: MotleyConfig, config_path: str, output: Output, launcher: Launcher) -> None:
     """Run a deployment until it is told to stop."""
     name = config.served_name
-    for other in running_states():
-        if other.name == name:
-            raise AlreadyRunningError(
-                f"{name} already runs as process {other.pid}; stop it with `motley down --name "
-                f"{name}`, or start another with --name"
-            )
+    check_name_is_free(name)
     gateway = config.gateway
     state = RunState(
         name=name,
@@ -54,9 +49,23 @@ def bring_up(config: MotleyConfig, config_path: str, output: Output, launcher: L
         audit_file=_absolute(gateway.audit_file or default_audit_file()),
     )
     write_state(state)
-    narrator = _Narrator(output, state)
+    stop_hint = f"stop with Ctrl-C or `motley down --name {name}`"
+    narrator = Narrator(output, name, stop_hint=stop_hint)
+
+    def handle(event: LaunchEvent) -> None:
+        if isinstance(event, Ready):
+            write_state(
+                replace(
+                    state,
+                    http_url=event.http_url,
+                    grpc_target=event.grpc_target,
+                    token=event.token,
+                )
+            )
+        narrator.handle(event)
+
     try:
-        launcher(config, narrator.handle)
+        launcher(config, handle)
     finally:
         narrator.close()
         remove_state(state)
@@ -66,12 +75,23 @@ def _absolute(path: Path | None) -> str | None:
     return None if path is None else str(path.resolve())
 
 
-class _Narrator:
-    """Turns launch events into the run-state file, and into JSON lines or a display."""
+def check_name_is_free(name: str) -> None:
+    """Raise `AlreadyRunningError` when a live deployment has the name."""
+    for other in running_states():
+        if other.name == name:
+            raise AlreadyRunningError(
+                f"{name} already runs as process {other.pid}; stop it with `motley down --name "
+                f"{name}`, or start another with --name"
+            )
 
-    def __init__(self, output: Output, state: RunState) -> None:
+
+class Narrator:
+    """Turns launch events into JSON lines or a display."""
+
+    def __init__(self, output: Output, name: str, *, stop_hint: str) -> None:
         self._output = output
-        self._state = state
+        self._name = name
+        self._stop_hint = stop_hint
         self._planned: Planned | None = None
         self._tasks: dict[int, TaskID] = {}
         self._bars = Progress(
@@ -83,14 +103,6 @@ class _Narrator:
         )
 
     def handle(self, event: LaunchEvent) -> None:
-        if isinstance(event, Ready):
-            self._state = replace(
-                self._state,
-                http_url=event.http_url,
-                grpc_target=event.grpc_target,
-                token=event.token,
-            )
-            write_state(self._state)
         if self._output.as_json:
             self._output.line(event_json(event))
         else:
@@ -129,7 +141,8 @@ class _Narrator:
             f"ready after {ready.seconds:.1f} s\n"
             f"  OpenAI HTTP  {ready.http_url}/v1\n"
             f"  gRPC         {ready.grpc_target}\n"
+            f"  dashboard    {ready.http_url}/  (see `motley dashboard`)\n"
             f"  token        {token}\n"
-            f"  state        {state_file(self._state.name)}\n"
-            f"stop with Ctrl-C or `motley down --name {self._state.name}`"
+            f"  state        {state_file(self._name)}\n"
+            f"{self._stop_hint}"
         )

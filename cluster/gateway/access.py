@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 Need = Scope | Literal["any", "public"]
 
-PUBLIC_PATHS = frozenset({"/health"})
+PUBLIC_PATHS = frozenset({"/", "/health"})
 
 _BUSY_RETRY_S = 1.0
 

@@ -64,6 +64,7 @@ class MotleyServicer(motley_pb2_grpc.MotleyServicer):
             n=request.n if request.HasField("n") else 1,
             deadline_s=_deadline_s(context),
             default_max_tokens=None if is_chat else DEFAULT_COMPLETION_TOKENS,
+            is_named=bool(request.request_id),
         )
 
     async def _prompt(self, request: pb.GenerateRequest) -> Sequence[int]:

@@ -3,9 +3,11 @@
     POST /v1/completions  POST /v1/chat/completions   whole, or as server-sent events
     GET  /v1/models       GET  /v1/models/{id}
     GET  /v1/adapter      POST /v1/adapter      DELETE /v1/adapter     what `motley publish` calls
-    GET  /health          alive; the only route that needs no token
+    GET  /                a page that shows the rest; with /health all that needs no token
+    GET  /health          alive
     GET  /ready           200 when every stage is active, else 503 with the progress
-    GET  /status          GET  /plan  GET  /metrics
+    GET  /status          GET  /plan  GET  /metrics  GET  /dashboard.json
+    GET  /controller      POST /controller/rebalance  POST /controller/drain
 
 Which scope each needs stands beside it in `_Routes`; one without cannot be added.
 
@@ -31,6 +33,8 @@ from actors.engine.adapter import Adapter, AdapterError
 from actors.engine.requests import RequestError
 from cluster.backend import AdapterStatus, ModelInfo, PublishFailed, PublishInProgress, Unavailable
 from cluster.gateway.access import PUBLIC_PATHS, Access, Forbidden, Need, Unauthenticated
+from cluster.gateway.controller_routes import ControllerRoutes
+from cluster.gateway.dashboard_routes import DashboardRoutes
 from cluster.gateway.http_guard import (
     AccessMiddleware,
     BodyLimit,
@@ -54,6 +58,8 @@ from cluster.gateway.sse import EventStream
 from cluster.telemetry import METRICS_CONTENT_TYPE
 
 _RETRY_READY_S = 2.0
+_NAME_HEADER = "idempotency-key"
+"""Of a request that its client may send again; see `cluster.resuming`."""
 _CLIENT_CLOSED = 499  # nginx's code; nobody is left to read it
 
 
@@ -126,12 +132,19 @@ class _Routes:
         self._service = service
         self._request_limit = request_limit
         self._adapter_limit = adapter_limit
+        self._dashboard = DashboardRoutes(service)
+        self._controller = ControllerRoutes(service, request_limit)
         self._new_id = new_id
         self._clock_unix_s = clock_unix_s
 
     def router(self) -> APIRouter:
         router = APIRouter()
         routes: list[tuple[str, str, Need, Callable[..., Awaitable[Response]]]] = [
+            ("GET", "/", "public", self._dashboard.page),
+            ("GET", "/dashboard.json", "any", self._dashboard.document),
+            ("GET", "/controller", "any", self._controller.state),
+            ("POST", "/controller/rebalance", "admin", self._controller.rebalance),
+            ("POST", "/controller/drain", "admin", self._controller.drain),
             ("GET", "/health", "public", self.health),
             ("GET", "/ready", "any", self.ready),
             ("GET", "/status", "any", self.status),
@@ -158,12 +171,16 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         body = await read_body(request, CompletionBody, limit=self._request_limit)
-        call = await completion_call(self._service, body, self._head("cmpl"))
+        name = request.headers.get(_NAME_HEADER)
+        head = self._head("cmpl", name)
+        call = await completion_call(self._service, body, head, is_named=name is not None)
         return await self._answer(request, call, stream=bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
         body = await read_body(request, ChatBody, limit=self._request_limit)
-        call = await chat_call(self._service, body, self._head("chatcmpl"))
+        name = request.headers.get(_NAME_HEADER)
+        head = self._head("chatcmpl", name)
+        call = await chat_call(self._service, body, head, is_named=name is not None)
         return await self._answer(request, call, stream=bool(body.stream))
 
     async def _answer(self, request: Request, call: Call, *, stream: bool) -> Response:
@@ -171,9 +188,9 @@ class _Routes:
             return EventStream(streamed(self._service, call))
         return JSONResponse(await until_disconnect(request.receive, whole(self._service, call)))
 
-    def _head(self, prefix: str) -> AnswerHead:
+    def _head(self, prefix: str, name: str | None) -> AnswerHead:
         return AnswerHead(
-            id=f"{prefix}-{self._new_id()}",
+            id=f"{prefix}-{self._new_id() if name is None else name}",
             created_unix_s=self._clock_unix_s(),
             model=self._service.model_info().name,
         )

@@ -29,7 +29,9 @@ class Call:
     clients that expect a choice in every chunk can read it too."""
 
 
-async def completion_call(service: GatewayService, body: CompletionBody, head: AnswerHead) -> Call:
+async def completion_call(
+    service: GatewayService, body: CompletionBody, head: AnswerHead, *, is_named: bool = False
+) -> Call:
     """Check and tokenize a completion body."""
     service.check_model(body.model)
     with service.metrics.counting_refusals():
@@ -41,6 +43,7 @@ async def completion_call(service: GatewayService, body: CompletionBody, head: A
             await service.encode_text(prompt) if isinstance(prompt, str) else prompt,
             options,
             n=1 if body.n is None else body.n,
+            is_named=is_named,
         )
         for index, prompt in enumerate(body.prompt)
     ]
@@ -54,7 +57,9 @@ async def completion_call(service: GatewayService, body: CompletionBody, head: A
     )
 
 
-async def chat_call(service: GatewayService, body: ChatBody, head: AnswerHead) -> Call:
+async def chat_call(
+    service: GatewayService, body: ChatBody, head: AnswerHead, *, is_named: bool = False
+) -> Call:
     """Check a chat body and render its messages with the model's template."""
     service.check_model(body.model)
     with service.metrics.counting_refusals():
@@ -63,7 +68,12 @@ async def chat_call(service: GatewayService, body: ChatBody, head: AnswerHead) -
         messages = body.template_messages()
     prompt = await service.encode_chat(messages, body.chat_template_kwargs)
     request = service.request(
-        head.id, prompt, options, n=1 if body.n is None else body.n, default_max_tokens=None
+        head.id,
+        prompt,
+        options,
+        n=1 if body.n is None else body.n,
+        default_max_tokens=None,
+        is_named=is_named,
     )
     return Call(
         requests=[request],

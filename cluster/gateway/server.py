@@ -31,6 +31,7 @@ from cluster.gateway.service import GatewayService, random_seed
 from cluster.gateway.settings import GatewaySettings
 from cluster.gateway.tokenizer import Tokenizer
 from cluster.keys import KeyRing
+from cluster.resuming import Resuming
 from cluster.telemetry import GatewayMetrics
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ async def serve(
     token: str,
     *,
     audit: AuditLog | None = None,
+    resuming: Resuming | None = None,
     metrics: GatewayMetrics | None = None,
     new_seed: Callable[[], int] = random_seed,
 ) -> GatewayHandle:
@@ -60,7 +62,14 @@ async def serve(
     """
     keys = None if settings.api_keys_file is None else KeyRing(settings.api_keys_file)
     access = Access(token, keys=keys, audit=audit)
-    service = GatewayService(backend, tokenizer, audit=audit, metrics=metrics, new_seed=new_seed)
+    service = GatewayService(
+        backend,
+        tokenizer,
+        audit=audit,
+        resuming=resuming,
+        metrics=metrics,
+        new_seed=new_seed,
+    )
     app = make_http_app(
         service,
         access,

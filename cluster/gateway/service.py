@@ -20,6 +20,8 @@ it. What it raises, and what the codecs make of it:
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import itertools
 import logging
 import re
 import secrets
@@ -41,6 +43,7 @@ from cluster.backend import (
 )
 from cluster.gateway.access import current_caller, on_record
 from cluster.gateway.tokenizer import ChatMessages, Tokenizer, check_text
+from cluster.resuming import Resuming
 from cluster.telemetry import GatewayMetrics, Outcome
 
 logger = logging.getLogger(__name__)
@@ -97,6 +100,12 @@ def random_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
+def seed_of(request_id: str) -> int:
+    """Return 63 bits that follow from a name."""
+    digest = hashlib.sha256(request_id.encode()).digest()
+    return int.from_bytes(digest[:8], "big") & MAX_SEED
+
+
 class GatewayService:
     """One deployment, as both servers see it."""
 
@@ -106,6 +115,7 @@ class GatewayService:
         tokenizer: Tokenizer,
         *,
         audit: AuditLog | None = None,
+        resuming: Resuming | None = None,
         metrics: GatewayMetrics | None = None,
         new_seed: Callable[[], int] = random_seed,
         monotonic_s: Callable[[], float] = time.monotonic,
@@ -118,8 +128,10 @@ class GatewayService:
         self._new_seed = new_seed
         self._monotonic_s = monotonic_s
         self._status_timeout_s = status_timeout_s
-        self._in_flight: dict[str, str] = {}
-        """Who asked for each request."""
+        self._resuming = resuming
+        self._listeners = itertools.count(1)
+        self._in_flight: dict[tuple[str, int], str] = {}
+        """Who asked for each request, by its id; a named one counts each listener (from 1 on)."""
         self._idle = asyncio.Event()
         self._idle.set()
         self._is_draining = False
@@ -129,6 +141,26 @@ class GatewayService:
 
     def plan(self) -> dict[str, object]:
         return self._backend.plan_json()
+
+    def controller(self) -> dict[str, object] | None:
+        return self._backend.controller_json()
+
+    async def would_move(self) -> dict[str, object]:
+        """Return what the controller would do now."""
+        return await self._backend.steering().would_move()
+
+    async def rebalance(self) -> dict[str, object]:
+        """Have the best plan now; returns what that is."""
+        steering = self._backend.steering()
+        would = await steering.would_move()
+        async with on_record(self._audit, "rebalance", verdict=str(would["verdict"])):
+            steering.rebalance()
+        return would
+
+    async def drain_node(self, node: str, *, cancel: bool) -> None:
+        """Let a node hold nothing, or use it again."""
+        async with on_record(self._audit, "drain", node=node, cancel=cancel):
+            self._backend.steering().drain(node, cancel=cancel)
 
     async def status(self) -> DeploymentStatus:
         """Return a snapshot; a deployment that does not answer in time is not ready."""
@@ -179,10 +211,12 @@ class GatewayService:
         n: int = 1,
         deadline_s: float | None = None,
         default_max_tokens: int | None = DEFAULT_COMPLETION_TOKENS,
+        is_named: bool = False,
     ) -> Request:
         """Return the request with every default filled in and every limit checked.
 
-        `default_max_tokens` of None means all that fits after the prompt.
+        `default_max_tokens` of None means all that fits after the prompt. One that its client has
+        named has a seed that follows from the name, so that it is the same when it comes again.
         """
         with self.metrics.counting_refusals():
             info = self.model_info()
@@ -196,13 +230,14 @@ class GatewayService:
                 len(prompt), options.get("max_tokens"), default_max_tokens, info.max_model_tokens
             )
             if "seed" not in options:
-                options["seed"] = self._new_seed()
+                options["seed"] = seed_of(request_id) if is_named else self._new_seed()
             return Request(
                 id=request_id,
                 prompt=tuple(prompt),
                 sampling=SamplingParams(**options),
                 n=n,
                 deadline_s=deadline_s,
+                is_named=is_named,
             )
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
@@ -211,9 +246,9 @@ class GatewayService:
         with ExitStack() as held:
             with self.metrics.counting_refusals():
                 usage = held.enter_context(caller.prompt(len(request.prompt), self._monotonic_s))
-                self._admit(request, caller.name)
-            held.callback(self._leave, request.id)
-            outputs = self._backend.generate(request)
+                key = self._admit(request, caller.name)
+            held.callback(self._leave, key)
+            outputs = self._outputs(request, caller.name)
             try:
                 async with aclosing(self._watched(request, outputs)) as watched:
                     async for output in watched:
@@ -222,6 +257,11 @@ class GatewayService:
                         yield output
             finally:
                 await _close(outputs)
+
+    def _outputs(self, request: Request, caller: str) -> AsyncGenerator[RequestOutput, None]:
+        if request.is_named and self._resuming is not None:
+            return self._resuming.generate(request, caller)
+        return self._backend.generate(request)
 
     async def _watched(
         self, request: Request, outputs: AsyncIterator[RequestOutput]
@@ -261,7 +301,7 @@ class GatewayService:
         Another caller's request needs the scope admin.
         """
         caller = current_caller()
-        owner = self._in_flight.get(request_id, caller.name)
+        owner = self._owner_of(request_id) or caller.name
         if owner == caller.name:
             await self._abort(request_id)
             return
@@ -292,7 +332,9 @@ class GatewayService:
         self._is_draining = True
         if await self._wait_until_idle(grace_s):
             return
-        left = sorted(self._in_flight)
+        if self._resuming is not None:
+            await self._resuming.suspend()
+        left = sorted(request_id for request_id, _ in self._in_flight)
         logger.warning("%d requests outlasted the grace of %g s; aborting", len(left), grace_s)
         await asyncio.gather(*(self._backend.abort(request_id) for request_id in left))
         await self._wait_until_idle(1.0)
@@ -309,19 +351,28 @@ class GatewayService:
         if self._is_draining:
             raise Unavailable("the gateway is shutting down", _RETRY_AFTER_SHUTDOWN_S)
 
-    def _admit(self, request: Request, caller: str) -> None:
+    def _admit(self, request: Request, caller: str) -> tuple[str, int]:
+        """Note a request, or one more listener of a named one; returns what to `_leave` with."""
         self._check_open()
-        if request.id in self._in_flight:
+        number = 0
+        if request.is_named and self._resuming is not None:
+            number = next(self._listeners)
+        elif (request.id, 0) in self._in_flight:
             raise RequestError(
                 f"request id `{request.id}` is already in flight; choose another", "request_id"
             )
-        self._in_flight[request.id] = caller
+        self._in_flight[request.id, number] = caller
         self._idle.clear()
+        return request.id, number
 
-    def _leave(self, request_id: str) -> None:
-        del self._in_flight[request_id]
+    def _leave(self, key: tuple[str, int]) -> None:
+        del self._in_flight[key]
         if not self._in_flight:
             self._idle.set()
+
+    def _owner_of(self, request_id: str) -> str | None:
+        named = None if self._resuming is None else self._resuming.owner(request_id)
+        return named or self._in_flight.get((request_id, 0))
 
 
 async def _close(outputs: AsyncIterator[RequestOutput]) -> None:

@@ -38,6 +38,11 @@ class GatewaySettings(BaseModel):
     audit_file: Path | None = None
     """Where administrative acts and refused callers are put on record; None: `audit.jsonl` in the
     folder of the run-state files."""
+    resume_grace_s: float = Field(30.0, ge=0, allow_inf_nan=False)
+    """How long a request that its client has named goes on with nobody listening; the same time is
+    given to clients to come back after the gateway was away."""
+    resume_keep_s: float = Field(600.0, ge=0, allow_inf_nan=False)
+    """How long the outputs of a named request are kept after its end."""
     max_connections: int = Field(1024, ge=1)
     """HTTP connections, and gRPC calls, that are open at a time; what is more is turned away."""
     body_timeout_s: float = Field(30.0, gt=0, allow_inf_nan=False)

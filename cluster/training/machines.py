@@ -6,7 +6,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from actors.engine.training_values import EMBEDDING_UNIT, HEAD_UNIT
 from actors.fleet import Host
 from actors.pool_values import PoolDeviceSpec
 from actors.weights import WeightHostSpec
-from cluster.inventory import find_hosts, find_specs, find_topology
+from cluster.inventory import find_hosts, find_joined
 from cluster.planning import dtype_bytes
 from cluster.training.checkpoints import TrainingState
 from cluster.training.errors import HostsLostError, TrainingError
@@ -351,22 +350,11 @@ class Machines:
 
     async def _find_joined(self) -> None:
         """Take devices of new nodes into the topology, measured shortly."""
-        config = self._job.config
         hosts = await asyncio.to_thread(find_hosts)
-        known = {device.id for device in self._topology.devices}
-        specs = await asyncio.to_thread(find_specs, config, hosts)
-        new = tuple(spec for spec in specs if spec.id not in known)
-        if not new:
+        grown = await asyncio.to_thread(find_joined, self._job.config, self._topology, hosts)
+        if grown is None:
             return
-        asked = config.model_copy(update={"devices": new})
-        found = await asyncio.to_thread(find_topology, asked, hosts)
-        pairs = {(link.source_node, link.target_node) for link in self._topology.links}
-        links = [link for link in found.links if (link.source_node, link.target_node) not in pairs]
-        self._topology = replace(
-            self._topology,
-            devices=(*self._topology.devices, *found.devices),
-            links=(*self._topology.links, *links),
-        )
+        self._topology = grown
         self._planner = await asyncio.to_thread(
             RunPlanner, _planned_config(self._job), self._profile, self._topology
         )

@@ -32,8 +32,8 @@ class FakeTime:
         self.now += max(seconds / 2, min(seconds, 1e-3)) if self.wakes_early else seconds
 
 
-def device(time_: FakeTime, cost: StageCost | None) -> DeviceClock:
-    return DeviceClock(time_.now_s, time_.sleep, cost)
+def device(time_: FakeTime, *, is_paced: bool = True) -> DeviceClock:
+    return DeviceClock(time_.now_s, time_.sleep, is_paced)
 
 
 def declared(s_per_token: float) -> StageCost:
@@ -49,12 +49,12 @@ def batch(tokens: int) -> StepBatch:
 def work(clock: DeviceClock, time_: FakeTime, seconds: float, tokens: int = 4) -> float:
     started_s = time_.now
     time_.now += seconds
-    return clock.finish(batch(tokens), started_s)
+    return clock.finish(batch(tokens), started_s, declared(0.5))
 
 
 def test_a_step_done_early_waits_for_the_declared_time() -> None:
     time_ = FakeTime()
-    clock = device(time_, declared(0.5))
+    clock = device(time_)
 
     occupied_s = work(clock, time_, 0.75)
 
@@ -66,7 +66,7 @@ def test_a_step_done_early_waits_for_the_declared_time() -> None:
 
 def test_a_sleep_that_ends_too_soon_is_followed_by_another() -> None:
     time_ = FakeTime(wakes_early=True)
-    clock = device(time_, declared(0.5))
+    clock = device(time_)
 
     occupied_s = work(clock, time_, 0.75)
 
@@ -77,7 +77,7 @@ def test_a_sleep_that_ends_too_soon_is_followed_by_another() -> None:
 
 def test_a_step_slower_than_declared_is_late_by_the_difference_and_does_not_wait() -> None:
     time_ = FakeTime()
-    clock = device(time_, declared(0.5))
+    clock = device(time_)
 
     occupied_s = work(clock, time_, 3.5)
 
@@ -88,7 +88,7 @@ def test_a_step_slower_than_declared_is_late_by_the_difference_and_does_not_wait
 
 def test_a_step_that_takes_exactly_the_declared_time_is_neither() -> None:
     time_ = FakeTime()
-    clock = device(time_, declared(0.5))
+    clock = device(time_)
 
     work(clock, time_, 2.0)
 
@@ -98,7 +98,7 @@ def test_a_step_that_takes_exactly_the_declared_time_is_neither() -> None:
 
 def test_lateness_is_not_made_good_by_the_next_step() -> None:
     time_ = FakeTime()
-    clock = device(time_, declared(0.5))
+    clock = device(time_)
 
     occupied = [work(clock, time_, seconds) for seconds in (3.0, 0.5, 2.5)]
 
@@ -108,7 +108,7 @@ def test_lateness_is_not_made_good_by_the_next_step() -> None:
 
 def test_waiting_for_work_is_not_busy_time() -> None:
     time_ = FakeTime()
-    clock = device(time_, declared(0.5))
+    clock = device(time_)
     work(clock, time_, 1.0)
     time_.now += 50.0
     work(clock, time_, 1.0)
@@ -118,11 +118,20 @@ def test_waiting_for_work_is_not_busy_time() -> None:
 
 def test_a_real_device_never_waits_and_is_never_late() -> None:
     time_ = FakeTime()
-    clock = device(time_, None)
+    clock = device(time_, is_paced=False)
 
     assert work(clock, time_, 3.5) == 3.5
     assert time_.slept == []
     assert (clock.busy_s, clock.late_s, clock.late_steps, clock.steps) == (3.5, 0.0, 0, 1)
+
+
+def test_a_slowed_device_takes_a_multiple_of_what_is_declared_and_predicted() -> None:
+    time_ = FakeTime()
+    clock = device(time_)
+    clock.slowness = 2.5
+
+    assert work(clock, time_, 0.5) == 5.0
+    assert (clock.predicted_s, clock.busy_s, clock.late_s) == (2.0, 5.0, 0.0)
 
 
 def test_the_declared_time_is_that_of_the_steps_rows_context_and_head() -> None:
@@ -134,16 +143,16 @@ def test_the_declared_time_is_that_of_the_steps_rows_context_and_head() -> None:
     )  # 5 rows, 8 + 4 tokens of context, 1 row behind the head
     time_ = FakeTime()
 
-    occupied_s = device(time_, cost).finish(step, time_.now)
+    occupied_s = device(time_).finish(step, time_.now, cost)
 
     assert occupied_s == 5 * 0.5 + 2 * (5 * 0.25 + 12 * 0.125) + 1.0
 
 
 def test_on_the_real_clock_a_paced_step_takes_at_least_the_declared_time() -> None:
-    clock = DeviceClock(time.monotonic, time.sleep, declared(0.02))
+    clock = DeviceClock(time.monotonic, time.sleep, is_paced=True)
     started_s = time.monotonic()
 
-    occupied_s = clock.finish(batch(2), started_s)
+    occupied_s = clock.finish(batch(2), started_s, declared(0.02))
 
     assert time.monotonic() - started_s >= 0.04 - 1e-9
     assert occupied_s >= 0.04 - 1e-9

@@ -132,6 +132,7 @@ def make_config(model: Path | str, layer_counts: tuple[int, ...], **changes: Any
         ],
         "plan": {"lanes": 2, "layer_counts": list(layer_counts), "context_tokens": 256},
         "engine": {},
+        "controller": {},
         "gateway": {"http_port": 0, "grpc_port": 0},
     }
     for section, values in changes.items():

@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
 import httpx
 import msgpack
 import pytest
 import ray
 import torch
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 from leftovers import nothing_left_behind
 
 from actors import wire
@@ -73,115 +70,12 @@ def pid_of(actor: Any) -> int:
     return int(ray.get(actor.__ray_call__.remote(lambda _: os.getpid())))
 
 
-# -- a part dies -------------------------------------------------------------------------------
-
-
-async def ask_http(served: Served) -> httpx.Response:
-    async with http_client(served) as client:
-        return await client.post("/v1/completions", json={"prompt": PROMPT} | LONG)
-
-
-async def stream_http(served: Served) -> list[str]:
-    async with http_client(served) as client:
-        body = {"prompt": PROMPT, "stream": True} | LONG
-        async with client.stream("POST", "/v1/completions", json=body) as answer:
-            return [line async for line in answer.aiter_lines() if line]
+# -- closing ------------------------------------------------------------------------------------
 
 
 async def stream_grpc(served: Served) -> Completion:
     async with AsyncMotleyClient(served.running.grpc_target, served.running.token) as client:
         return await client.complete(PROMPT, **LONG)
-
-
-async def watch_health(served: Served) -> list[int]:
-    """Return every state told until it is not SERVING."""
-    async with grpc.aio.insecure_channel(served.running.grpc_target) as channel:
-        watch = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(),
-            metadata=(("authorization", f"Bearer {served.running.token}"),),
-        )
-        told = []
-        async for reply in watch:
-            told.append(reply.status)
-            if reply.status != health_pb2.HealthCheckResponse.SERVING:
-                break
-        return told
-
-
-def kill(actor: Any) -> None:
-    os.kill(pid_of(actor), signal.SIGKILL)
-
-
-def break_the_loop(actor: Any) -> None:
-    """The process lives on, its work does not: a defect that nothing catches."""
-    ray.get(actor.__ray_call__.remote(lambda self: setattr(self._core, "next_step", None)))
-
-
-@pytest.mark.parametrize(
-    ("name", "lose"), [("stage 1", kill), ("lane 0", kill), ("lane 1", break_the_loop)]
-)
-async def test_losing_a_part_ends_its_requests_clearly_and_refuses_new_ones(
-    name: str, lose: Callable[[Any], None], to_be_broken: Served
-) -> None:
-    served = to_be_broken
-    kind, index = name.split()
-    actors = {"stage": served.running.fleet.stages, "lane": served.running.fleet.lanes}[kind]
-    calls = [
-        asyncio.create_task(call(served))
-        for call in (ask_http, stream_http, stream_grpc, ask_http, watch_health)
-    ]
-    await asyncio.to_thread(
-        served.wait_until, lambda status: sum(lane.running for lane in status.lanes) == 4
-    )
-    assert not any(call.done() for call in calls)
-
-    await asyncio.to_thread(lose, actors[int(index)])
-    async with asyncio.timeout(DEADLINE_S):
-        ended: list[Any] = await asyncio.gather(*calls, return_exceptions=True)
-
-    whole, lines, over_grpc, another, health = ended
-    for response in (whole, another):
-        check_unavailable(response, name)
-    error = json.loads(lines[-1].removeprefix("data: "))["error"]
-    assert f"{name} is lost" in error["message"]
-    assert error["code"] == "unavailable"
-    assert isinstance(over_grpc, Unreachable), over_grpc
-    assert f"{name} is lost" in str(over_grpc)
-    assert over_grpc.retry_after_s is not None
-    assert health == [
-        health_pb2.HealthCheckResponse.SERVING,
-        health_pb2.HealthCheckResponse.NOT_SERVING,
-    ]
-    await check_it_is_out_of_service(served, name)
-
-
-def check_unavailable(response: httpx.Response, name: str) -> None:
-    assert response.status_code == 503, response.text
-    assert int(response.headers["retry-after"]) > 0
-    error = response.json()["error"]
-    assert f"{name} is lost" in error["message"]
-    assert (error["type"], error["code"]) == ("service_unavailable_error", "unavailable")
-    assert "Traceback" not in response.text
-
-
-async def check_it_is_out_of_service(served: Served, name: str) -> None:
-    async with http_client(served) as client:
-        assert (await client.get("/health")).status_code == 200
-        ready = await client.get("/ready")
-        assert (ready.status_code, ready.json()["ready"]) == (503, False)
-        assert f"{name} is lost" in ready.json()["reason"]
-        assert int(ready.headers["retry-after"]) > 0
-        status = await client.get("/status")
-        assert (status.status_code, status.json()["ready"]) == (200, False)
-        assert "motley_ready 0.0" in (await client.get("/metrics")).text
-        for stream in (False, True):
-            body = {"prompt": PROMPT, "stream": stream}
-            check_unavailable(await client.post("/v1/completions", json=body), name)
-    async with AsyncMotleyClient(served.running.grpc_target, served.running.token) as motley:
-        assert not await motley.ready()
-        with pytest.raises(Unreachable, match=f"{name} is lost") as caught:
-            await motley.complete(PROMPT)
-        assert caught.value.retry_after_s is not None
 
 
 async def test_closing_lets_short_requests_finish_and_ends_long_ones(
@@ -220,27 +114,6 @@ async def check_closing(served: Served, close: Callable[[], object]) -> None:
         assert isinstance(outcome, Unreachable), outcome
 
 
-async def test_a_stage_that_hangs_fails_its_requests_in_time_and_may_come_back(
-    served: Served,
-) -> None:
-    want = await asyncio.to_thread(greedy, served)
-    stuck = pid_of(served.running.fleet.stages[1])
-    os.kill(stuck, signal.SIGSTOP)
-    try:
-        async with asyncio.timeout(DEADLINE_S):
-            ended = await asyncio.gather(
-                stream_grpc(served), stream_grpc(served), return_exceptions=True
-            )
-    finally:
-        os.kill(stuck, signal.SIGCONT)
-
-    for error in ended:
-        assert isinstance(error, ServerFailed), error
-        assert "no stage answered a step within 8 s; raise engine.step_timeout_s" in str(error)
-    served.wait_until_idle()
-    assert [await asyncio.to_thread(greedy, served) for _ in range(2)] == [want] * 2
-
-
 # -- nonsense on the wire ----------------------------------------------------------------------
 
 
@@ -277,7 +150,8 @@ NONSENSE: dict[str, list[Any]] = {
     "a lane that is not there": step(packed(lane=99)),
     "a lane that is a list": step(packed(lane=[1])),
     "a draw that is not there": step(packed(drawn=[77])),
-    "an epoch to come": step(packed(epoch=3)),
+    "a plan to come": step(packed(epoch=3)),
+    "a lane's former life": step(packed(life=3)),
     "no seconds": [wire.STEP, GOOD.encode()],
     "seconds that are a number": step(GOOD.encode(), seconds=msgpack.packb(5)),
     "seconds that are no msgpack": step(GOOD.encode(), seconds=b"\xc1"),
@@ -321,8 +195,7 @@ def inboxes(served: Served) -> Iterator[dict[str, wire.Outbox]]:
     gateway = running.dispatcher._inbox
     assert gateway is not None
     addresses = [
-        *ray.get([actor.ready.remote() for actor in running.fleet.stages]),
-        *running.fleet.lane_addresses,
+        *(member.address for member in running.fleet.members if member.address),
         gateway.address,
     ]
     boxes = {address.name: wire.Outbox(address, keys) for address in addresses}
@@ -345,7 +218,7 @@ def test_nonsense_in_an_inbox_is_dropped_and_serving_goes_on(
 
 async def test_a_step_that_is_refused_fails_its_own_requests_only(served: Served) -> None:
     want = await asyncio.to_thread(greedy, served)
-    lane = served.running.fleet.lanes[0]
+    lane = served.running.fleet.lanes[0].actor
     ray.get(lane.__ray_call__.remote(lambda self: setattr(self._core._scheduler, "_epoch", 7)))
     try:
         async with AsyncMotleyClient(served.running.grpc_target, served.running.token) as client:
@@ -362,7 +235,7 @@ async def test_a_step_that_is_refused_fails_its_own_requests_only(served: Served
     assert len(failed) == 2
     for error in failed:
         assert isinstance(error, ServerFailed)
-        assert "stage 0 on cpu0" in str(error)
-        assert "is of epoch 7, this is 0" in str(error)
+        assert "the stage on cpu0" in str(error)
+        assert "is of plan 7; it has [0]" in str(error)
     served.wait_until_idle()
     assert [await asyncio.to_thread(greedy, served) for _ in range(2)] == [want] * 2

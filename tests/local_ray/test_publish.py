@@ -296,7 +296,7 @@ async def test_of_two_at_once_one_is_told_to_wait(
     served: Served, adapters: dict[str, Path], http: httpx.AsyncClient
 ) -> None:
     _, version = await asyncio.to_thread(used, served)
-    pid = await asyncio.to_thread(pid_of, served.running.fleet.stages[1])
+    pid = await asyncio.to_thread(pid_of, served.running.fleet.stages["cpu1"].actor)
     os.kill(pid, signal.SIGSTOP)
     try:
         refused, waiting = await until_one_is_refused(http, adapters["second"])
@@ -313,8 +313,7 @@ async def test_of_two_at_once_one_is_told_to_wait(
 async def test_a_stage_that_dies_meanwhile_is_an_error_at_once(
     served: Served, adapters: dict[str, Path], http: httpx.AsyncClient
 ) -> None:
-    """The last: nothing is served afterwards."""
-    pid = await asyncio.to_thread(pid_of, served.running.fleet.stages[1])
+    pid = await asyncio.to_thread(pid_of, served.running.fleet.stages["cpu1"].actor)
     os.kill(pid, signal.SIGSTOP)
     _, waiting = await until_one_is_refused(http, adapters["first"])
     os.kill(pid, signal.SIGKILL)
@@ -322,5 +321,8 @@ async def test_a_stage_that_dies_meanwhile_is_an_error_at_once(
     async with asyncio.timeout(DEADLINE_S):
         response = await waiting
     assert response.status_code == 500, response.text
-    assert "stage 1" in response.json()["error"]["message"]
+    assert "the stage on cpu1" in response.json()["error"]["message"]
     assert (await http.get("/status")).json()["adapter"]["name"] == "second"
+    # Another stage takes its place, with the adapter that is in use.
+    await asyncio.to_thread(served.wait_until, lambda status: status.ready)
+    assert (await asyncio.to_thread(used, served))[0] == "second"

@@ -126,6 +126,50 @@ def test_down_while_it_starts_leaves_nothing_behind(motley: CommandLine) -> None
     assert motley.processes() == []
 
 
+def test_a_detached_deployment_serves_until_it_is_taken_down(motley: CommandLine) -> None:
+    ran = motley.run("up", "--detach", "--json", "--http-port", "0", "--grpc-port", "0")
+    try:
+        told = [json.loads(line) for line in ran.stdout.splitlines()]
+        assert ran.returncode == 0, ran
+        assert told[0]["event"] == "planned"
+        assert [event["event"] for event in told[-2:]] == ["ready", "detached"]
+        assert os.getsid(told[-1]["pid"]) == told[-1]["pid"]
+        log = Path(told[-1]["log"])
+        assert log.stat().st_mode & 0o777 == 0o600
+
+        assert json.loads(motley.run("status", "--json").stdout)["ready"] is True
+        assert motley.run("generate", "def f(", "--max-tokens", "4").returncode == 0
+        again = motley.run("up", "--detach", "--json")
+        assert again.returncode == 1
+        assert "already runs as process" in json.loads(again.stdout)["error"]["message"]
+        logged = log.read_text(encoding="utf-8")
+        assert f"serving HTTP on {told[-2]['http_url']}" in logged
+        assert told[-2]["token"] not in logged
+    finally:
+        down = motley.run("down", "--json")
+    assert json.loads(down.stdout)["stopped"] is True
+    deadline_s = time.monotonic() + STOP_DEADLINE_S
+    while motley.processes() and time.monotonic() < deadline_s:
+        time.sleep(0.2)
+    assert motley.processes() == []
+
+
+def test_a_detached_start_that_fails_says_why_and_leaves_nothing(
+    motley: CommandLine, tmp_path: Path
+) -> None:
+    path = tmp_path / "config.yaml"
+    tiny = "{id: a, kind: paced, flops_per_s: 1e9, memory_bytes_per_s: 1e9, memory_bytes: 3 MiB}"
+    checkpoint = ROOT / "deploy" / "checkpoints" / "tiny-qwen3"
+    path.write_text(f"model: {checkpoint}\ndevices: [{tiny}]\n", encoding="utf-8")
+
+    ran = motley.run("up", "--detach", "--json", "--config", str(path))
+
+    assert ran.returncode == 3
+    assert "8 layers need" in json.loads(ran.stdout.splitlines()[-1])["error"]["message"]
+    assert "motley: " in ran.stderr
+    assert motley.processes() == []
+
+
 def test_settings_that_cannot_work_start_nothing(motley: CommandLine, tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("model: ./nowhere\n", encoding="utf-8")

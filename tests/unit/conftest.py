@@ -29,6 +29,8 @@ from cluster.backend import (
     ModelInfo,
     Published,
     StageStatus,
+    Steering,
+    Unavailable,
 )
 from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.settings import GatewaySettings
@@ -65,6 +67,7 @@ class FakeBackend:
         self.is_ready = True
         self.published: list[Adapter | None] = []
         self.publish_error: Exception | None = None
+        self.controller: dict[str, object] | None = None
         self._aborts: dict[str, asyncio.Event] = {}
         self._released = False
 
@@ -89,6 +92,12 @@ class FakeBackend:
 
     def plan_json(self) -> dict[str, object]:
         return {"stages": [{"device": "gpu0"}], "predicted_s": 0.5}
+
+    def steering(self) -> Steering:
+        raise Unavailable("no controller", 1.0)
+
+    def controller_json(self) -> dict[str, object] | None:
+        return self.controller
 
     async def status(self) -> DeploymentStatus:
         return DeploymentStatus(

@@ -13,6 +13,8 @@ import yaml
 from ray._private.runtime_env.packaging import get_excludes_from_ignore_files
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cluster.inventory import NODE_RESOURCE
+
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTERS = sorted((ROOT / "deploy" / "clusters").glob("*.yaml"))
 
@@ -40,6 +42,7 @@ def test_every_node_starts_with_token_authentication_and_has_the_token(path: Pat
         assert starts
         assert all("RAY_AUTH_MODE=token" in command for command in starts)
     assert "~/.ray/auth_token" in config["file_mounts"]
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
     assert "--dashboard-host=127.0.0.1" in str(config["head_start_ray_commands"])
 
 
@@ -53,13 +56,26 @@ def test_the_lan_configuration_names_the_machines_of_the_lan_cluster() -> None:
     }
 
 
-def test_every_aws_node_type_has_a_name_and_a_resource_of_its_own() -> None:
-    config = load(ROOT / "deploy" / "clusters" / "aws.yaml")
+@pytest.mark.parametrize("name", ["aws.yaml", "mixed.yaml"])
+def test_every_cloud_machine_has_a_name_of_its_own(name: str) -> None:
+    config = load(ROOT / "deploy" / "clusters" / name)
 
-    for name, node_type in config["available_node_types"].items():
-        commands = node_type.get("worker_setup_commands", config["setup_commands"])
-        assert commands[-1] == f"echo {name} > ~/motley/node_name"
-        assert node_type["resources"][f"motley_{name}"] == 1
+    for kind, node_type in config["available_node_types"].items():
+        assert node_type["resources"][f"{NODE_RESOURCE}{kind}"] == 1
+        if kind != config["head_node_type"]:
+            assert node_type["min_workers"] == node_type["max_workers"] == 1
+    workers = len(config["available_node_types"]) - 1
+    assert config["max_workers"] == workers
+
+
+def test_the_devices_of_the_mix_are_on_machines_of_their_kind() -> None:
+    node_types = load(ROOT / "deploy" / "clusters" / "mixed.yaml")["available_node_types"]
+    devices = load(ROOT / "deploy" / "configs" / "mixed.yaml")["devices"]
+
+    assert {device["node"] for device in devices} == set(node_types)
+    for device in devices:
+        has_gpu = "GPU" in node_types[device["node"]]["resources"]
+        assert (device["kind"] == "cuda") is has_gpu
 
 
 def test_a_submitted_job_carries_the_packages_and_little_else() -> None:

@@ -14,6 +14,7 @@ import pytest
         ("cluster.client", {"torch", "ray", "transformers", "fastapi", "uvicorn", "tokenizers"}),
         ("cluster.gateway.tokenizer", {"torch", "ray", "transformers", "grpc", "fastapi"}),
         ("cluster.gateway.service", {"torch", "ray", "transformers", "grpc", "fastapi"}),
+        ("cluster.gateway.dashboard, cluster.trainstate", {"torch", "ray", "grpc", "fastapi"}),
         ("cluster.gateway.server", {"torch", "ray", "transformers"}),
         (
             "cluster.gateway.settings, cluster.gateway.auth, cluster.gateway.access, cluster.keys, "

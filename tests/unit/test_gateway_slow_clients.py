@@ -6,6 +6,7 @@ The deadlines are shortened by the settings; what is waited for is the server's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -198,12 +199,12 @@ async def test_an_rpc_whose_responses_are_not_read_is_ended(
         async with asyncio.timeout(LONG_S):
             while not backend.closed:  # noqa: ASYNC110  # the fake has no event for it
                 await asyncio.sleep(0.01)
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+        with contextlib.suppress(grpc.aio.AioRpcError):
             while await call.read() is not grpc.aio.EOF:
                 pass
 
-    assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "nothing was read for 0.2 s" in str(caught.value.details())
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "nothing was read for 0.2 s" in await call.details()
 
 
 async def test_a_client_that_reads_slowly_and_goes_on_is_served(

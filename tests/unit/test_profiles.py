@@ -18,6 +18,7 @@ import pytest
 
 from cluster.config import ConfigError, MotleyConfig
 from cluster.profile import (
+    known_topology,
     load_cached,
     measured_devices,
     measured_topology,
@@ -42,6 +43,7 @@ from placement.profiles import (
     device_from_json,
     plain_json,
 )
+from placement.topology import Topology
 from placement.training_costs import layer_activation_bytes, layer_training_s
 from placement.workload import LayerCost, ModelProfile
 
@@ -455,6 +457,26 @@ def test_measured_links_join_the_topology_unless_declared() -> None:
     # One declared direction stands for both.
     assert told.link("local", "far").bandwidth_bytes_per_s == 1e6
     assert told.link("local", "local").bandwidth_bytes_per_s == 2e9
+
+
+def test_measured_links_join_declared_devices_too(home: Path) -> None:
+    figures = {"flops_per_s": 1e9, "memory_bytes_per_s": 1e9, "memory_bytes": 2**30}
+    specs = [
+        {"id": id_, "kind": "paced", "node": node} | figures
+        for id_, node in (("a", "local"), ("b", "far"), ("c", "other"))
+    ]
+    declared = {"source_node": "far", "target_node": "other", "bandwidth_bytes_per_s": 1e6}
+    cache = ProfileCache(FINGERPRINT)
+    cache.store_link(link(bandwidth_bytes_per_s=3e9))
+    for target in ("far", "other"):
+        cache.store_link(link(target_names=(target,)))
+    cache.store_link(link(source_names=("far",), target_names=("other",)))
+
+    found = known_topology(config(devices=specs, links=[declared]))
+
+    assert found.link("local", "far").bandwidth_bytes_per_s == 2e9
+    assert found.link("far", "other").bandwidth_bytes_per_s == 1e6
+    assert found.link("local", "local") == Topology(devices=found.devices).link("local", "local")
 
 
 # --- estimated --------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from actors.decode import DecodeWorker, LaneSpec
 from actors.engine.batch import StepBatch, StepResult
 from actors.engine.batching import LaneLimits
 from actors.engine.checkpoint import Checkpoint
-from actors.fleet import FleetSpec, Host
+from actors.fleet import FleetSpec
 from cluster.backend import ModelInfo
 from cluster.cli import app
 from cluster.client import AsyncMotleyClient, MotleyError
@@ -153,10 +154,10 @@ class Life:
         try:
             stages.connect(lane.ready())
             lane.connect(stages.inbox.address)
-            await dispatcher.connect([lane.ready()], _NoHost())
+            await dispatcher.connect({0: lane.ready()}, _NoHost())
             await dispatcher.serving.wait()
             report(Ready(gateway.http_url, gateway.grpc_target, token, 1.0))
-            self._specifications(plan, profile, dispatcher, monitor)
+            self._specifications(plan, profile, dispatcher)
             await self._clients(gateway.http_url, gateway.grpc_target)
             await self._command_line()
             dispatcher.fail("stage 1 is lost")
@@ -170,19 +171,11 @@ class Life:
         report(Stopped("signal"))
 
     def _specifications(
-        self, plan: StagesPlan, profile: ModelProfile, dispatcher: Dispatcher, monitor: wire.Address
+        self, plan: StagesPlan, profile: ModelProfile, dispatcher: Dispatcher
     ) -> None:
         """What is quoted in errors and logs of whoever handles them."""
-        fleet = FleetSpec(
-            plan=plan, devices={}, hosts={"local": Host(ray_node_id="a", address="b")},
-            lane_node="local", profile=profile, model="m", engine=self.config.engine,
-            limits=LIMITS, num_lanes=1, tokenizer_json="", monitor=monitor, keys=dispatcher.keys,
-        )  # fmt: skip
-        held: Any = None
-        deployment = Deployment(
-            plan=plan, profile=profile, devices=(), limits=LIMITS, dispatcher=held, fleet=held,
-            tokenizer=held, http_url="h", grpc_target="g", token=TOKEN,
-        )  # fmt: skip
+        fleet = holding(FleetSpec, keys=dispatcher.keys, plan=plan, profile=profile)
+        deployment = holding(Deployment, token=TOKEN, dispatcher=dispatcher)
         values = (
             fleet, dispatcher.keys, deployment, Ready("h", "g", TOKEN, 1.0), self.config,
             HttpTarget(url="h", token=TOKEN), GrpcTarget(target="g", token=TOKEN),
@@ -231,6 +224,11 @@ class Life:
         ):  # fmt: skip
             result = await asyncio.to_thread(CliRunner().invoke, app, arguments)
             self.said += [result.output, repr(result.exception)]
+
+
+def holding(kind: type[Any], **values: Any) -> Any:
+    """Return a value of a dataclass that holds these, and None for the rest."""
+    return kind(**dict.fromkeys((field.name for field in fields(kind)), None) | values)
 
 
 class _NoHost:

@@ -4,6 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,6 +13,7 @@ from cluster.commands.errors import NotReadyError, UnauthorizedError
 from cluster.commands.output import Output
 from cluster.commands.status import HttpTarget, fetch_json, show_status
 from cluster.runstate import NotRunningError
+from cluster.trainstate import TrainingState, write_training
 
 STAGE = {
     "index": 0,
@@ -62,6 +64,11 @@ class Gateway(BaseHTTPRequestHandler):
         pass
 
 
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOTLEY_HOME", str(tmp_path))
+
+
 @pytest.fixture
 def target() -> Iterator[HttpTarget]:
     server = HTTPServer(("127.0.0.1", 0), Gateway)
@@ -99,6 +106,24 @@ def test_people_get_tables(target: HttpTarget, capsys: pytest.CaptureFixture[str
     assert "[0, 5)" in shown
     assert "loading 25%" in shown
     assert "2.0 KiB" in shown
+
+
+def test_people_also_see_the_training_runs_of_this_machine(
+    target: HttpTarget, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer(STATUS)
+    run = TrainingState(
+        name="chats", pid=1, output="/runs/chats", started_unix_s=1.0, updated_unix_s=2.0,
+        phase="running", step=12, num_steps=40, loss=1.25, eta_s=61.0,
+    )  # fmt: skip
+    write_training(run)
+
+    show_status(target, Output(as_json=False))
+    shown = capsys.readouterr().out
+    show_status(target, Output(as_json=True))
+
+    assert "chats gone 12/40 1.2500" in " ".join(shown.split())
+    assert json.loads(capsys.readouterr().out) == STATUS
 
 
 def test_a_loading_deployment_is_shown_and_reported_as_not_ready(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from actors.engine.requests import Request, RequestOutput
+from cluster.backend import ControllerStatus
 from cluster.telemetry import GatewayMetrics, configure_logging, software_version
 
 if TYPE_CHECKING:
@@ -52,6 +54,28 @@ async def test_the_deployment_is_shown_as_it_is_at_the_scrape(backend: FakeBacke
         assert line in lines
     backend.is_ready = False
     assert "motley_ready 0.0" in await rendered(metrics, backend)
+
+
+async def test_a_controller_is_shown_where_there_is_one(backend: FakeBackend) -> None:
+    metrics, status = GatewayMetrics(), await backend.status()
+    assert not [line for line in await rendered(metrics, backend) if "motley_controller" in line]
+    controller = ControllerStatus(
+        phase="settling", epoch=4, moves={"kept": 2, "undone": 1}, num_pauses=3, pause_s=0.25,
+        last_pause_s=0.0625,
+    )  # fmt: skip
+
+    text = metrics.render(replace(status, controller=controller), backend.model_info()).decode()
+
+    for line in (
+        "motley_controller_epoch 4.0",
+        'motley_controller_phase{phase="settling"} 1.0',
+        'motley_controller_moves_total{outcome="kept"} 2.0',
+        'motley_controller_moves_total{outcome="undone"} 1.0',
+        "motley_controller_pause_seconds_count 3.0",
+        "motley_controller_pause_seconds_sum 0.25",
+        "motley_controller_last_pause_seconds 0.0625",
+    ):
+        assert line in text.splitlines()
 
 
 async def test_every_metric_carries_the_prefix(backend: FakeBackend) -> None:

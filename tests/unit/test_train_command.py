@@ -26,6 +26,7 @@ from cluster.commands.train import TrainOptions, train, training_config
 from cluster.config import ConfigError, MotleyConfig
 from cluster.training.documents import DataError
 from cluster.training.events import TrainingEvent
+from cluster.trainstate import training_states
 from placement.errors import InfeasiblePlanError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,6 +246,20 @@ def test_a_run_is_shown_plotted_and_traced(folder: Path, monkeypatch: pytest.Mon
     assert curves.is_closed
     assert curves.folder == folder / "run" / "tensorboard"
     assert json.loads((folder / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+
+
+def test_a_run_tells_others_how_it_went(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(ready(folder))
+    motley_train(monkeypatch, FakeRun(*WHOLE), Curves(), "--config", config)
+    [state] = training_states()
+    assert (state.name, state.phase, state.step, state.losses) == (
+        "run", "finished", 4, ((1, 2.0),),
+    )  # fmt: skip
+
+    failing = FakeRun(started(), failure=RuntimeError("step 1: all lost"))
+    motley_train(monkeypatch, failing, Curves(), "--config", config)
+    [state] = training_states()
+    assert (state.phase, state.reason, state.losses) == ("failed", "step 1: all lost", ())
 
 
 def test_json_is_one_event_a_line_and_nothing_else(

@@ -131,6 +131,7 @@ def test_people_see_the_plan_and_the_addresses_but_no_token_in_a_log(
     out, err = capsys.readouterr()
     assert out == ""
     assert "http://127.0.0.1:8000/v1" in err
+    assert "http://127.0.0.1:8000/  (see `motley dashboard`)" in err
     assert "slowest stage" in err
     assert "split: because" in err
     assert "stopped: signal" in err

@@ -1,0 +1,322 @@
+"""The controller's shell: tells it what happens to a fleet, and carries out what it says.
+
+One thread does both, so a command never meets another. What happens meanwhile waits in a queue;
+a loss in the middle of a move makes the move fail, and is found right after.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, assert_never
+
+from actors.fleet import Fleet, FleetError, Member
+from actors.moving import MoveReport, move, replace_lane, stand_still
+from actors.wire import Address
+from placement.controller import Controller
+from placement.stages import StagesPlan
+from placement.steering.values import (
+    ChangeLanes,
+    Command,
+    Deploy,
+    DeviceLost,
+    Event,
+    Halt,
+    MoveDone,
+    MoveFailed,
+    MoveLayers,
+    NodeLost,
+    ReleaseNode,
+    StageMeasurement,
+    StagesMeasured,
+    Tick,
+)
+
+_log = logging.getLogger(__name__)
+_WATCH_S = 0.2
+_MOST_LANE_LOSSES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """What the fleet has reported, summed since it began."""
+
+    stages: Mapping[str, Mapping[str, Any]]
+    """By device: steps, busy_s, predicted_s."""
+    tokens: int
+    running: int
+    """Sequences in flight now."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Hooks:
+    """Whom the shell tells, on its own thread."""
+
+    counters: Callable[[], Counters]
+    adapter_version: Callable[[], int]
+    """That lanes use."""
+    is_node_alive: Callable[[str], bool]
+    """Asks the node itself; takes seconds when it does not answer."""
+    on_interrupted: Callable[[str], None]
+    """A part is lost; what is in flight waits."""
+    on_plan: Callable[[StagesPlan, MoveReport], None]
+    on_lane_replaced: Callable[[int, Address], None]
+    on_resumed: Callable[[], None]
+    on_halt: Callable[[str], None]
+    on_fatal: Callable[[str], None]
+    """Nothing will go on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShellSettings:
+    """Deadlines and rhythm."""
+
+    window_s: float
+    """Between two measurements."""
+    silence_s: float
+    """An actor that leaves a ping unanswered for so long is lost."""
+    start_timeout_s: float
+
+
+class ControllerShell:
+    """Runs a `Controller` over a `Fleet`."""
+
+    def __init__(
+        self,
+        controller: Controller,
+        fleet: Fleet,
+        hooks: Hooks,
+        settings: ShellSettings,
+        *,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.controller = controller
+        self.state = controller.state
+        """As it was after the last turn."""
+        self._fleet = fleet
+        self._hooks = hooks
+        self._settings = settings
+        self._now_s = now_s
+        self._events: SimpleQueue[Callable[[], Event]] = SimpleQueue()
+        self._commands: list[Command] = []
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="controller", daemon=True)
+        self._window_began_s = 0.0
+        self._before: Counters | None = None
+        self._running: list[int] = []
+        self._lane_losses = 0
+        self._is_halted = False
+        self.turn = threading.Lock()
+        """Held while the fleet is used; whoever else uses it holds it too."""
+
+    def start(self) -> None:
+        self._begin_window()
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the present turn, which may be a move. Safe to call twice."""
+        self._stopping.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def what_if(self) -> tuple[StagesPlan | None, str]:
+        """Return what the controller would do now; waits for a move that is under way."""
+        with self.turn:
+            return self.controller.what_if()
+
+    def tell(self, event: Callable[[float], Event]) -> None:
+        """Queue an event, made at the time at which it is handled; from any thread."""
+        self._events.put(lambda: event(self._now_s()))
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._take_turn()
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody steers any more
+            _log.exception("the controller failed")
+            if not self._stopping.is_set():
+                self._hooks.on_fatal(f"the controller failed: {error}")
+
+    def _take_turn(self) -> None:
+        loss = self._fleet.lost(_WATCH_S, self._settings.silence_s)
+        if self._stopping.is_set():
+            return
+        with self.turn:
+            if loss is not None:
+                self._lose(loss.member, loss.reason)
+            self._running.append(self._hooks.counters().running)
+            if self._now_s() - self._window_began_s >= self._settings.window_s:
+                self._handle(self._measured())
+            try:
+                while True:
+                    self._handle(self._events.get_nowait()())
+            except Empty:
+                pass
+            self._handle(Tick(at_s=self._now_s()))
+            self.state = self.controller.state
+
+    def _lose(self, member: Member, reason: str) -> None:
+        _log.error("%s", reason)
+        self._hooks.on_interrupted(reason)
+        self._fleet.bury(member)
+        if member.kind == "lane":
+            self._replace_lane(member, reason)
+            return
+        node = self._fleet.devices[str(member.key)].node
+        stand_still(self._fleet)
+        if self._hooks.is_node_alive(node):
+            event: Event = DeviceLost(at_s=self._now_s(), device_id=str(member.key), reason=reason)
+        else:
+            event = NodeLost(at_s=self._now_s(), node=node, reason=reason)
+        self._handle(event)
+
+    def _bury_node(self, node: str, reason: str) -> None:
+        """What is on a lost node may still run, and must not come back."""
+        on_it = [m for m in self._fleet.stages.values() if self._node_of(m) == node]
+        if on_it:
+            self._hooks.on_interrupted(reason)
+            stand_still(self._fleet)
+        for member in on_it:
+            self._fleet.bury(member)
+
+    def _node_of(self, member: Member) -> str:
+        return self._fleet.devices[str(member.key)].node
+
+    def _replace_lane(self, lost: Member, reason: str) -> None:
+        """Put another lane in the place of a lost one; the requests go on there."""
+        self._lane_losses += 1
+        if self._lane_losses > _MOST_LANE_LOSSES:
+            self._hooks.on_fatal(f"{reason}; it is the {self._lane_losses}th lane in a row")
+            return
+        try:
+            lane = replace_lane(
+                self._fleet,
+                lost,
+                adapter_version=self._hooks.adapter_version(),
+                timeout_s=self._settings.start_timeout_s,
+            )
+        except FleetError as error:
+            # A stage may have died with it; its own loss is found next, and this lane again.
+            _log.warning("%s could not be replaced: %s", lost.name, error)
+            self._replace_lane(lost, str(error))
+            return
+        assert lane.address is not None
+        assert isinstance(lane.key, int)
+        self._hooks.on_lane_replaced(lane.key, lane.address)
+        self._hooks.on_resumed()
+
+    def _handle(self, event: Event) -> None:
+        """Tell the controller, and do what it says until it says no more."""
+        if isinstance(event, NodeLost):
+            self._bury_node(event.node, event.reason)
+        commands = list(self.controller.handle(event))
+        while commands:
+            command = commands.pop(0)
+            _log.info("controller: %s", _words(command))
+            answer = self._obey(command)
+            if answer is not None:
+                # What it says to the answer takes the place of what it said before.
+                commands = [*self.controller.handle(answer), *commands]
+
+    def _obey(self, command: Command) -> Event | None:
+        match command:
+            case Deploy(plan=plan):
+                return self._move(plan, is_recovery=True)
+            case MoveLayers(plan=plan, is_recovery=is_recovery):
+                return self._move(plan, is_recovery=is_recovery)
+            case Halt(reason=reason):
+                self._is_halted = True
+                self._hooks.on_halt(reason)
+            case ReleaseNode(node=node):
+                _log.info("node %s holds nothing any more", node)
+            case ChangeLanes(num_lanes=num_lanes):
+                _log.warning("the number of lanes stays; %d were asked for", num_lanes)
+            case _:
+                assert_never(command)
+        return None
+
+    def _move(self, plan: StagesPlan, *, is_recovery: bool) -> Event:
+        """Carry a move out; returns what came of it."""
+        settings = self._settings
+        try:
+            report = move(
+                self._fleet,
+                plan,
+                recompute=is_recovery,
+                timeout_s=settings.start_timeout_s,
+                step_timeout_s=settings.silence_s,
+            )
+        except FleetError as error:
+            _log.warning("plan %d did not come into force: %s", plan.epoch, error)
+            lost = tuple(sorted(self._dead_stages()))
+            return MoveFailed(
+                at_s=self._now_s(), epoch=plan.epoch, reason=str(error), lost_device_ids=lost
+            )
+        self._is_halted = False
+        self._lane_losses = 0
+        self._hooks.on_plan(plan, report)
+        self._begin_window()
+        return MoveDone(
+            at_s=self._now_s(),
+            epoch=plan.epoch,
+            pause_s=report.pause_s,
+            moved_bytes=report.kv_bytes,
+        )
+
+    def _dead_stages(self) -> list[str]:
+        """Find out at once who is lost, and bury them."""
+        dead: list[str] = []
+        while (loss := self._fleet.lost(0.0, self._settings.silence_s)) is not None:
+            self._fleet.bury(loss.member)
+            if loss.member.kind == "lane":
+                self._replace_lane(loss.member, loss.reason)
+            else:
+                dead.append(str(loss.member.key))
+        return dead
+
+    def _begin_window(self) -> None:
+        self._window_began_s, self._before = self._now_s(), self._hooks.counters()
+        self._running = []
+
+    def _measured(self) -> StagesMeasured:
+        """Return what the window that ends now has shown."""
+        before, after, now_s = self._before, self._hooks.counters(), self._now_s()
+        assert before is not None
+        window_s = now_s - self._window_began_s
+        stages = tuple(
+            StageMeasurement(
+                device_id=device_id,
+                steps=_grown("steps", before, after, device_id),
+                busy_s=_grown("busy_s", before, after, device_id),
+                predicted_s=_grown("predicted_s", before, after, device_id),
+            )
+            for device_id in self._fleet.stages
+            if device_id in after.stages
+        )
+        measured = StagesMeasured(
+            at_s=now_s,
+            epoch=self._fleet.plan.epoch,
+            window_s=window_s,
+            tokens_per_s=(after.tokens - before.tokens) / window_s,
+            running=sum(self._running) / max(1, len(self._running)),
+            stages=stages,
+        )
+        self._begin_window()
+        return measured
+
+
+def _grown(name: str, before: Counters, after: Counters, device_id: str) -> Any:
+    """Return by how much a counter has grown; one of a new actor began at 0."""
+    old = before.stages.get(device_id, {}).get(name, 0)
+    new = after.stages[device_id].get(name, 0)
+    return new - old if new >= old else new
+
+
+def _words(command: Command) -> str:
+    reason = getattr(command, "reason", "")
+    epoch = getattr(command, "epoch", "")
+    return f"{type(command).__name__} {epoch} {reason}".strip()

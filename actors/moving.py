@@ -1,0 +1,215 @@
+"""Leads a fleet from the plan in force to the next while its lanes go on.
+
+The receivers load what they lack beside the steps, from the checkpoint. Then lane by lane: it is
+held between two steps, the KV of layers that change their holder is copied, and it goes on with the
+stages of the new epoch. Other lanes serve meanwhile, on the old epoch or the new one. When a holder
+was lost there is no KV to copy: stages drop everything old, and the lanes run their sequences again
+from their tokens, which draws the same ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.fleet import Fleet, FleetError, Member, wait_for
+from placement.stages import StagesPlan
+
+_log = logging.getLogger(__name__)
+_UNDO_TIMEOUT_S = 10.0
+_LATE = "did not answer in time"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveReport:
+    """What a move cost."""
+
+    pause_s: float
+    """The longest time that a lane stood still."""
+    kv_bytes: int
+    load_s: float
+    """Until the receivers had their weights; lanes served meanwhile."""
+    total_s: float
+
+
+def move(
+    fleet: Fleet,
+    plan: StagesPlan,
+    *,
+    recompute: bool,
+    timeout_s: float,
+    step_timeout_s: float,
+) -> MoveReport:
+    """Put another plan, with an epoch of its own, in force.
+
+    Args:
+        fleet: Without the members that are lost.
+        recompute: Lanes run their sequences again instead of taking KV along; the only way when a
+            holder is lost, and then steps under way have no answer.
+        timeout_s: For loading weights.
+        step_timeout_s: For a step to come back.
+
+    Raises:
+        FleetError: It could not be done. The plan before is in force where its stages are alive.
+    """
+    began_s = time.monotonic()
+    deadline_s = began_s + timeout_s
+    new = _load(fleet, plan, deadline_s)
+    loaded_s = time.monotonic()
+    switched: list[Member] = []
+    try:
+        fleet.connect(plan, deadline_s)
+        if recompute:
+            everyone = list(fleet.stages.values())
+            calls = [stage.actor.fence.remote(plan.epoch) for stage in everyone]
+            wait_for(everyone, calls, time.monotonic() + step_timeout_s, _LATE)
+        kv_bytes, pause_s = 0, 0.0
+        for lane in fleet.lanes.values():
+            switched.append(lane)
+            lane_bytes, lane_s = _switch(fleet, plan, lane, recompute, step_timeout_s)
+            kv_bytes, pause_s = kv_bytes + lane_bytes, max(pause_s, lane_s)
+    except FleetError:
+        _undo(fleet, plan, switched, new, is_fenced=recompute)
+        raise
+    fleet.plan = plan
+    _retire(fleet, plan)
+    fleet.watch(new)
+    now_s = time.monotonic()
+    return MoveReport(
+        pause_s=pause_s, kv_bytes=kv_bytes, load_s=loaded_s - began_s, total_s=now_s - began_s
+    )
+
+
+def stand_still(fleet: Fleet) -> None:
+    """Hold all lanes, whose steps have no answer: a stage is lost. `move` lets them go on."""
+    lanes = list(fleet.lanes.values())
+    calls = [lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True) for lane in lanes]
+    _best_effort(lanes, calls, time.monotonic() + _UNDO_TIMEOUT_S)
+
+
+def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s: float) -> Member:
+    """Start a lane in the place of a lost one, and connect it.
+
+    Raises:
+        FleetError: It did not come up.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    assert isinstance(lost.key, int)
+    lane = fleet.start_lane(lost.key, life=lost.life + 1, adapter_version=adapter_version)
+    fleet.admit([lane], deadline_s)
+    fleet.connect(fleet.plan, deadline_s)
+    first = fleet.stages[fleet.plan.stages[0].device_id].address
+    wait_for([lane], [lane.actor.connect.remote(first)], deadline_s)
+    fleet.watch([lane])
+    return lane
+
+
+def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float) -> list[Member]:
+    """Make every stage of a plan hold its layers; returns the stages that were started for it."""
+    placed = plan.stages
+    there = [stage for stage in placed if stage.device_id in fleet.stages]
+    members = [fleet.stages[stage.device_id] for stage in there]
+    calls = [
+        member.actor.prepare.remote(plan.epoch, stage.first_layer, stage.end_layer)
+        for member, stage in zip(members, there, strict=True)
+    ]
+    new = [fleet.start_stage(s, plan.epoch) for s in placed if s.device_id not in fleet.stages]
+    try:
+        if new:
+            fleet.admit(new, deadline_s)
+        wait_for(members, calls, deadline_s)
+    except FleetError:
+        _undo(fleet, plan, [], new, is_fenced=False)
+        raise
+    return new
+
+
+def _switch(
+    fleet: Fleet, plan: StagesPlan, lane: Member, recompute: bool, step_timeout_s: float
+) -> tuple[int, float]:
+    """Take one lane over to the new epoch; returns (bytes of KV moved, seconds it stood still)."""
+    deadline_s = time.monotonic() + step_timeout_s
+    held = lane.actor.hold.remote(step_timeout_s, forget_step=recompute)
+    [blocks] = wait_for([lane], [held], deadline_s, _LATE)
+    kv_bytes = 0
+    if blocks and not recompute:
+        kv_bytes = _copy_kv(fleet, plan, lane, blocks, deadline_s)
+    first = fleet.stages[plan.stages[0].device_id].address
+    going = lane.actor.go_on.remote(plan.epoch, first, recompute)
+    [pause_s] = wait_for([lane], [going], deadline_s, _LATE)
+    return kv_bytes, pause_s
+
+
+def _copy_kv(
+    fleet: Fleet, plan: StagesPlan, lane: Member, blocks: Sequence[int], deadline_s: float
+) -> int:
+    """Bring the KV of blocks in use to the layers' new holders, all at once."""
+    old = fleet.plan
+    targets: list[Member] = []
+    puts: list[Any] = []
+    layer_bytes = fleet.spec.profile.layers
+    kv_bytes = 0
+    for source_id, target_id, layers in handed_over(old, plan):
+        taken = fleet.stages[source_id].actor.take_kv.remote(old.epoch, lane.key, layers, blocks)
+        target = fleet.stages[target_id]
+        targets.append(target)
+        puts.append(target.actor.put_kv.remote(plan.epoch, lane.key, layers, blocks, taken))
+        tokens = len(blocks) * fleet.spec.limits.block_tokens
+        kv_bytes += sum(layer_bytes[layer].kv_bytes_per_token * tokens for layer in layers)
+    wait_for(targets, puts, deadline_s, _LATE)
+    return kv_bytes
+
+
+def handed_over(old: StagesPlan, new: StagesPlan) -> Iterator[tuple[str, str, range]]:
+    """Yield (device that had it, device that gets it, layers) of every run of layers that moves."""
+    for source in old.stages:
+        for target in new.stages:
+            first = max(source.first_layer, target.first_layer)
+            layers = range(first, min(source.end_layer, target.end_layer))
+            if layers and source.device_id != target.device_id:
+                yield source.device_id, target.device_id, layers
+
+
+def _retire(fleet: Fleet, plan: StagesPlan) -> None:
+    """Free what only the plans before needed, and stop the stages that have no layers any more."""
+    used = {placed.device_id for placed in plan.stages}
+    for device_id, member in list(fleet.stages.items()):
+        if device_id in used:
+            # Nobody waits for it: a stage that dies over it is found by the watch.
+            member.actor.retire.remote(plan.epoch)
+        else:
+            fleet.retire(member)
+
+
+def _undo(
+    fleet: Fleet,
+    plan: StagesPlan,
+    switched: Sequence[Member],
+    new: Sequence[Member],
+    *,
+    is_fenced: bool,
+) -> None:
+    """Go back to the plan before, as far as its members are alive; the dead are found anyway."""
+    deadline_s = time.monotonic() + _UNDO_TIMEOUT_S
+    stages = [member for member in fleet.stages.values() if member not in new]
+    _best_effort(stages, [stage.actor.forget.remote(plan.epoch) for stage in stages], deadline_s)
+    for member in new:
+        fleet.bury(member)
+    first = fleet.stages.get(fleet.plan.stages[0].device_id)
+    if is_fenced or first is None:
+        return  # a loss is to be acted upon: the next plan takes the lanes up
+    for lane in switched:
+        held = lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True)
+        _best_effort([lane], [held], deadline_s)
+        going = lane.actor.go_on.remote(fleet.plan.epoch, first.address, True)
+        _best_effort([lane], [going], deadline_s)
+
+
+def _best_effort(members: Sequence[Member], calls: Sequence[Any], deadline_s: float) -> None:
+    try:
+        wait_for(members, calls, deadline_s, _LATE)
+    except FleetError as error:
+        _log.warning("while a move was undone: %s", error)

@@ -1,0 +1,49 @@
+"""The `controller` section of the settings: when layers move, and who counts as lost."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from placement.steering.settings import ControllerSettings
+from placement.workload import DeviceOrder, Objective
+
+
+class ControllerConfig(BaseModel):
+    """How the deployment is kept at its best while it serves."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rebalance: bool = True
+    """Move layers when devices slow down, or come; false: only when something is lost."""
+    window_s: float = Field(2.0, gt=0, le=600)
+    """Seconds of one measurement."""
+    min_gain_fraction: float = Field(0.1, ge=0.01, le=10)
+    """Gain that a move must promise, in `confirm_windows` windows one after another."""
+    confirm_windows: int = Field(2, ge=1, le=1000)
+    cool_down_s: float = Field(10.0, gt=0, le=86400)
+    """Between two moves for gain."""
+    keep_fraction: float = Field(0.95, ge=0, le=1)
+    """A move is taken back when tokens/s after it are below this share of those before."""
+    half_step: bool = False
+    """Where one slowed device is all the evidence, move half the way first."""
+    silence_timeout_s: float = Field(10.0, ge=1, le=600)
+    """An actor that does not answer for so long is lost, and replaced."""
+    recovery_timeout_s: float = Field(60.0, ge=0, le=86400)
+    """How long requests wait when nothing that is left can hold the model."""
+
+    def settings(
+        self, objective: Objective, device_order: DeviceOrder, headroom_fraction: float
+    ) -> ControllerSettings:
+        """Return what the controller is made with."""
+        return ControllerSettings(
+            objective=objective,
+            device_order=device_order,
+            headroom_fraction=headroom_fraction,
+            moves_for_gain=self.rebalance,
+            min_gain_fraction=self.min_gain_fraction,
+            confirm_windows=self.confirm_windows,
+            cool_down_s=self.cool_down_s,
+            keep_fraction=self.keep_fraction,
+            half_step=self.half_step,
+            trial_window_s=2 * self.window_s,
+        )

@@ -1,0 +1,189 @@
+"""Requests that clients have named outlive a broken connection, and the gateway itself.
+
+A client that sends a request again under its name joins the one that runs, or hears what it has
+become, from the first output on; nothing runs twice. A request that nobody listens to is given up
+after a grace. What had been accepted when the gateway died runs again when it is back: draws depend
+on seed and position alone, so the outputs are the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from actors.engine.requests import Request, RequestError, RequestOutput
+from cluster.backend import Unavailable
+from cluster.journal import Journal
+
+_log = logging.getLogger(__name__)
+_RETRY_S = 2.0
+Generate = Callable[[Request], AsyncGenerator[RequestOutput, None]]
+
+
+@dataclass(eq=False)
+class _Named:
+    """A named request: what it has become so far."""
+
+    request: Request
+    owner: str
+    outputs: list[RequestOutput] = field(default_factory=list)
+    has_ended: bool = False
+    error: BaseException | None = None
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    num_listeners: int = 0
+    running: asyncio.Task[None] | None = None
+    giving_up: asyncio.TimerHandle | None = None
+
+    def tell(self) -> None:
+        """Wake who listens."""
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+class Resuming:
+    """Runs named requests over a backend's `generate`. Use on the event loop."""
+
+    def __init__(self, generate: Generate, journal: Journal, *, grace_s: float) -> None:
+        self._generate = generate
+        self._journal = journal
+        self._grace_s = grace_s
+        self._named: dict[str, _Named] = {}
+
+    def recall(self) -> int:
+        """Take up what the journal holds; returns how many requests run again."""
+        self._journal.forget_old()
+        num_running = 0
+        for entry in self._journal.entries():
+            named = _Named(entry.request, entry.owner)
+            self._named[entry.request.id] = named
+            if entry.outputs is not None:
+                named.outputs, named.has_ended = list(entry.outputs), True
+            else:
+                self._start(named)
+                self._wait_for_listener(named)
+                num_running += 1
+        return num_running
+
+    async def generate(self, request: Request, owner: str) -> AsyncGenerator[RequestOutput, None]:
+        """Stream a named request from its first output on.
+
+        Raises:
+            RequestError: The name is another request's.
+        """
+        named = self._named.get(request.id)
+        if named is None:
+            named = self._named[request.id] = _Named(request, owner)
+            await self._accept(named)
+        elif not _is_same(named, request, owner):
+            raise RequestError(
+                f"request id `{request.id}` is another request's; choose another", "request_id"
+            )
+        async with aclosing(self._listen(named)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def owner(self, request_id: str) -> str | None:
+        """Whose request runs under a name; None: nobody's."""
+        named = self._named.get(request_id)
+        return None if named is None or named.has_ended else named.owner
+
+    async def suspend(self) -> None:
+        """Stop all; what has not ended is in the journal, and goes on from there."""
+        live = [named for named in self._named.values() if not named.has_ended]
+        for named in live:
+            if named.giving_up is not None:
+                named.giving_up.cancel()
+            named.error = Unavailable(
+                "the gateway is shutting down; send the request again under its name", _RETRY_S
+            )
+            if named.running is not None:
+                named.running.cancel()
+        tasks = [named.running for named in live if named.running is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def close(self) -> None:
+        """Stop all, and close the journal."""
+        await self.suspend()
+        self._journal.close()
+
+    async def _listen(self, named: _Named) -> AsyncGenerator[RequestOutput, None]:
+        named.num_listeners += 1
+        if named.giving_up is not None:
+            named.giving_up.cancel()
+            named.giving_up = None
+        try:
+            heard = 0
+            while True:
+                changed = named.changed
+                while heard < len(named.outputs):
+                    heard += 1
+                    yield named.outputs[heard - 1]
+                if named.error is not None:
+                    raise named.error
+                if named.has_ended:
+                    return
+                await changed.wait()
+        finally:
+            named.num_listeners -= 1
+            if not named.num_listeners and not named.has_ended:
+                self._wait_for_listener(named)
+
+    async def _accept(self, named: _Named) -> None:
+        try:
+            await asyncio.to_thread(self._journal.accept, named.request, named.owner)
+        except sqlite3.Error as error:
+            del self._named[named.request.id]
+            named.error = Unavailable(f"the request cannot be written down: {error}", _RETRY_S)
+            named.tell()
+        else:
+            self._start(named)
+
+    def _start(self, named: _Named) -> None:
+        named.running = asyncio.create_task(self._run(named))
+
+    async def _run(self, named: _Named) -> None:
+        request_id = named.request.id
+        try:
+            async with aclosing(self._generate(named.request)) as outputs:
+                async for output in outputs:
+                    named.outputs.append(output)
+                    named.tell()
+            named.has_ended = True
+            named.tell()
+            await asyncio.to_thread(self._journal.finish, request_id, named.outputs)
+            await self._sweep()
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:  # noqa: BLE001 - raised to whoever listens
+            named.error = error
+            self._named.pop(request_id, None)
+            await asyncio.to_thread(self._journal.forget, request_id)
+        finally:
+            named.tell()
+
+    async def _sweep(self) -> None:
+        """Forget what ended long ago."""
+        for request_id in await asyncio.to_thread(self._journal.forget_old):
+            self._named.pop(request_id, None)
+
+    def _wait_for_listener(self, named: _Named) -> None:
+        loop = asyncio.get_running_loop()
+        named.giving_up = loop.call_later(self._grace_s, self._give_up, named)
+
+    def _give_up(self, named: _Named) -> None:
+        if named.num_listeners or named.has_ended:
+            return
+        _log.info("request %s is given up: nobody listens", named.request.id)
+        self._named.pop(named.request.id, None)
+        if named.running is not None:
+            named.running.cancel()
+        self._journal.forget(named.request.id)
+
+
+def _is_same(named: _Named, request: Request, owner: str) -> bool:
+    """Whether a request has come again; how much time its client gives it may differ."""
+    return named.owner == owner and replace(named.request, deadline_s=request.deadline_s) == request

@@ -1,0 +1,280 @@
+"""What the controller hears (events) and what it says (commands), as values.
+
+Every event carries the time it is told at, in seconds on one clock of the shell's; the controller
+has no other. Events of one node come in the order in which they happened. Events and commands turn
+into plain JSON and back, so that a log of them replays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, get_args
+
+from placement.stages import StagesPlan
+from placement.steering.plain import from_plain, to_plain
+from placement.topology import Device, Link
+
+
+class _Plain:
+    """Turns a value into plain JSON, with its name under "kind", and back."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {"kind": type(self).__name__, **to_plain(self)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Rebuild what `to_json` wrote; raises ValueError for anything else."""
+        if value.get("kind") != cls.__name__:
+            raise ValueError(f"kind ({value.get('kind')!r}) must be {cls.__name__!r}")
+        return from_plain(cls, {name: part for name, part in value.items() if name != "kind"})
+
+
+def _check(owner: str, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{owner}: {name} ({value}) must be 0 or more and finite")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeJoined(_Plain):
+    """A node offers its devices; also a node that was lost, or whose figures changed."""
+
+    at_s: float
+    node: str
+    devices: tuple[Device, ...]
+    links: tuple[Link, ...] = ()
+    """From and to it; a link that the controller knows already is replaced."""
+
+    def __post_init__(self) -> None:
+        _check(f"node {self.node}", at_s=self.at_s)
+        for device in self.devices:
+            if device.node != self.node:
+                raise ValueError(
+                    f"node {self.node} joins with device {device.id} of node {device.node}; "
+                    f"every device must be on the node that joins"
+                )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodeLost(_Plain):
+    """A node is gone, with all that its devices held."""
+
+    at_s: float
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceLost(_Plain):
+    """A stage died with its layers and KV; its node is there and may host another."""
+
+    at_s: float
+    device_id: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMeasurement:
+    """One device in one window. A device without a stage may be probed and told like this too."""
+
+    device_id: str
+    steps: int
+    busy_s: float
+    predicted_s: float
+    """By the cost model for the very same steps, on the device as it was profiled."""
+
+    def __post_init__(self) -> None:
+        _check(
+            f"measurement of {self.device_id}",
+            steps=self.steps,
+            busy_s=self.busy_s,
+            predicted_s=self.predicted_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagesMeasured(_Plain):
+    """One window of serving. It is told in every window, also when nothing ran."""
+
+    at_s: float
+    """The end of the window."""
+    epoch: int
+    """In force through the whole window."""
+    window_s: float
+    tokens_per_s: float
+    running: float
+    """Mean sequences in flight."""
+    stages: tuple[StageMeasurement, ...]
+
+    def __post_init__(self) -> None:
+        _check("a window", at_s=self.at_s, tokens_per_s=self.tokens_per_s, running=self.running)
+        if not (math.isfinite(self.window_s) and self.window_s > 0):
+            raise ValueError(f"window_s ({self.window_s}) must be above 0 and finite")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkMeasured(_Plain):
+    """What one node can send to another now."""
+
+    at_s: float
+    source_node: str
+    target_node: str
+    bandwidth_bytes_per_s: float
+    latency_s: float
+
+    def __post_init__(self) -> None:
+        self.to_link()
+
+    def to_link(self) -> Link:
+        """Return the link to plan with."""
+        return Link(
+            source_node=self.source_node,
+            target_node=self.target_node,
+            bandwidth_bytes_per_s=self.bandwidth_bytes_per_s,
+            latency_s=self.latency_s,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PlanRequested(_Plain):
+    """An operator asks to rebalance now."""
+
+    at_s: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrainRequested(_Plain):
+    """A node shall hold nothing, while requests go on."""
+
+    at_s: float
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DrainCancelled(_Plain):
+    """A node that drains, or has been released, may be used again."""
+
+    at_s: float
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveDone(_Plain):
+    """The plan of this epoch is in force (after `Deploy` or `MoveLayers`)."""
+
+    at_s: float
+    epoch: int
+    pause_s: float
+    moved_bytes: int
+
+    def __post_init__(self) -> None:
+        _check("a move", at_s=self.at_s, pause_s=self.pause_s, moved_bytes=self.moved_bytes)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveFailed(_Plain):
+    """The plan of this epoch is not in force; the one before is, but for what was lost."""
+
+    at_s: float
+    epoch: int
+    reason: str
+    lost_device_ids: tuple[str, ...] = ()
+    """Their stages died, as by `DeviceLost`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tick(_Plain):
+    """Time passes."""
+
+    at_s: float
+
+
+Event = (
+    NodeJoined
+    | NodeLost
+    | DeviceLost
+    | StagesMeasured
+    | LinkMeasured
+    | PlanRequested
+    | DrainRequested
+    | DrainCancelled
+    | MoveDone
+    | MoveFailed
+    | Tick
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Deploy(_Plain):
+    """Build this plan from nothing: no stage of the plan in force is left, or there is none."""
+
+    epoch: int
+    plan: StagesPlan
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MoveLayers(_Plain):
+    """Go from the plan in force to this one while lanes go on.
+
+    It takes the place of every command before it that is not done. Layers whose holder is lost are
+    read from the checkpoint, and their KV is computed again.
+    """
+
+    epoch: int
+    plan: StagesPlan
+    reason: str
+    is_recovery: bool
+    is_roll_back: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChangeLanes(_Plain):
+    """Serve with this many lanes."""
+
+    num_lanes: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReleaseNode(_Plain):
+    """A node that drains holds nothing any more and is not used until the drain is cancelled."""
+
+    node: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Halt(_Plain):
+    """No plan fits what is there: requests wait, or are refused with this reason."""
+
+    reason: str
+
+
+Command = Deploy | MoveLayers | ChangeLanes | ReleaseNode | Halt
+
+_EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
+_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in get_args(Command)}
+
+
+def event_from_json(value: Mapping[str, Any]) -> Event:
+    """Rebuild an event of any kind; raises ValueError for anything else."""
+    event: Event = _kind_of(_EVENTS, value, "event").from_json(value)
+    return event
+
+
+def command_from_json(value: Mapping[str, Any]) -> Command:
+    """Rebuild a command of any kind; raises ValueError for anything else."""
+    command: Command = _kind_of(_COMMANDS, value, "command").from_json(value)
+    return command
+
+
+def _kind_of(kinds: Mapping[str, Any], value: Mapping[str, Any], what: str) -> Any:
+    kind = kinds.get(str(value.get("kind")))
+    if kind is None:
+        raise ValueError(f"unknown {what} {value.get('kind')!r}; known are {', '.join(kinds)}")
+    return kind
