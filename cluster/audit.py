@@ -25,7 +25,6 @@ Act = Literal[
     "publish",
     "remove_adapter",
     "abort",
-    "start",
     "shut_down",
     "authenticate",
     "authorize",

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from placement.steering.settings import ControllerSettings
 from pydantic import BaseModel, ConfigDict, Field
 
+from placement.steering.settings import ControllerSettings
 from placement.workload import DeviceOrder, Objective
 
 

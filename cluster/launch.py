@@ -101,7 +101,9 @@ async def deployment(
     """Bring a deployment up in this process; leaving the block takes it down."""
     started_s = time.monotonic()
     token = _token(config)
+    audit = open_audit(config.gateway, config.served_name)
     async with AsyncExitStack() as stack:
+        stack.callback(audit.close)
         # Headers only, so a bad checkpoint is refused before Ray starts.
         checkpoint = await asyncio.to_thread(_open, config)
         adapter = await asyncio.to_thread(_open_adapter, config, checkpoint)
@@ -123,17 +125,18 @@ async def deployment(
         tokenizer = await loading
         # Left after the gateway, whose last requests the fleet still answers.
         fleets = await stack.enter_async_context(AsyncExitStack())
-        audit = open_audit(config.gateway, config.served_name)
-        stack.callback(audit.close)
         resuming = Resuming(
             dispatcher.generate,
             Journal(journal_file(config.served_name), keep_s=config.gateway.resume_keep_s),
             grace_s=config.gateway.resume_grace_s,
         )
         stack.push_async_callback(resuming.close)
-        gateway = await serve(
-            dispatcher, tokenizer, config.gateway, token, audit=audit, resuming=resuming
-        )
+        try:
+            gateway = await serve(
+                dispatcher, tokenizer, config.gateway, token, audit=audit, resuming=resuming
+            )
+        except ValueError as error:
+            raise ConfigError(f"gateway: {error}") from error
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
             devices={device.id: device for device in topology.devices},

@@ -6,12 +6,14 @@ torch: the lane stays light.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, NamedTuple
 
 import msgpack
 
-from actors.engine.packed import are_whole, is_finite, is_whole, unpack
+from actors.engine.packed import are_finite, are_whole, is_whole, unpack
 from actors.engine.requests import MAX_LOGPROBS, MAX_SEED, TokenLogprob
 
 
@@ -48,6 +50,14 @@ class Rows(NamedTuple):
     length: int
     blocks: list[int]
     """The blocks that hold positions [0, start + length)."""
+
+
+class StepBounds(NamedTuple):
+    """What a stage can hold, so that a step which does not fit is refused before it runs."""
+
+    vocab_size: int
+    num_blocks: int
+    block_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +98,30 @@ class StepBatch:
         scored = sum(self.rows[i].length for i, _ in self.prompt_logprobs)
         return len(self.drawn) + scored
 
+    def check_within(self, bounds: StepBounds) -> None:
+        """Raise ValueError for a token or block that the stage has not.
+
+        On a card an index out of bounds would end the process, and every request with it.
+        """
+        scored = (token for targets in self.targets for token in targets)
+        worst = max((*self.tokens, *scored), default=0)
+        if worst >= bounds.vocab_size:
+            raise ValueError(
+                f"step {self.step} holds token id {worst}; the model has {bounds.vocab_size}"
+            )
+        copied = (block for pair in self.copies for block in pair)
+        block = max((*copied, *(block for rows in self.rows for block in rows.blocks)), default=0)
+        if block >= bounds.num_blocks:
+            raise ValueError(
+                f"step {self.step} names block {block}; the stage has {bounds.num_blocks} a lane"
+            )
+        for rows in self.rows:
+            if rows.start + rows.length > len(rows.blocks) * bounds.block_tokens:
+                raise ValueError(
+                    f"step {self.step}: {rows.start + rows.length} positions in {len(rows.blocks)} "
+                    f"blocks of {bounds.block_tokens}"
+                )
+
     def encode(self) -> bytes:
         data: bytes = msgpack.packb(
             [
@@ -121,46 +155,62 @@ class StepBatch:
 
 
 def _what_is_wrong(batch: StepBatch) -> str:
-    """Name the first field of a decoded step whose type or range is wrong; "" when none is."""
-    counts = (batch.step, batch.epoch, batch.adapter_version, batch.life)
-    checks = {
-        "lane": is_whole(batch.lane),
-        "step, epoch, adapter or life": all(is_whole(value, high=2**63 - 1) for value in counts),
-        "tokens": are_whole(batch.tokens),
-        "rows": all(
-            is_whole(start) and is_whole(length, low=1) and are_whole(blocks)
-            for start, length, blocks in batch.rows
+    """Name the first field of a decoded step whose type or range is wrong; "" when none is.
+
+    Every stage asks this of every step, so fields are looked at by columns.
+    """
+    num_rows = len(batch.rows)
+    starts, lengths, blocks = zip(*batch.rows, strict=True) if num_rows else ((), (), ())
+    scored, tops = zip(*batch.prompt_logprobs, strict=True) if batch.prompt_logprobs else ((), ())
+    checks = (
+        ("lane", is_whole(batch.lane)),
+        (
+            "step, epoch, adapter or life",
+            are_whole((batch.step, batch.epoch, batch.adapter_version, batch.life), high=2**63 - 1),
         ),
-        "copies": all(are_whole(pair) for pair in batch.copies),
-        "drawn": are_whole(batch.drawn, high=len(batch.rows) - 1)
-        and len(batch.drawn) == len(batch.draws),
-        "draws": all(_is_draw(draw) for draw in batch.draws),
-        "prompt_logprobs": all(
-            is_whole(i, high=len(batch.rows) - 1) and is_whole(k, high=MAX_LOGPROBS)
-            for i, k in batch.prompt_logprobs
+        ("tokens", are_whole(batch.tokens)),
+        ("rows", are_whole(starts) and are_whole(lengths, low=1) and _are_lists(blocks)),
+        ("copies", _are_lists(batch.copies)),
+        ("drawn", are_whole(batch.drawn, high=num_rows - 1)),
+        ("draws", len(batch.draws) == len(batch.drawn) and _are_draws(batch.draws)),
+        (
+            "prompt_logprobs",
+            are_whole(scored, high=num_rows - 1) and are_whole(tops, high=MAX_LOGPROBS),
         ),
-    }
-    for name, is_right in checks.items():
+        ("targets", len(batch.targets) == len(scored) and _are_lists(batch.targets)),
+    )
+    for name, is_right in checks:
         if not is_right:
             return f"{name} out of place"
-    # Needs the rows and scores to be what they should.
-    is_scored = len(batch.targets) == len(batch.prompt_logprobs) and all(
-        are_whole(targets) and len(targets) <= batch.rows[i].length
-        for (i, _), targets in zip(batch.prompt_logprobs, batch.targets, strict=True)
-    )
-    return "" if is_scored else "targets out of place"
+    if any(len(targets) > lengths[i] for i, targets in zip(scored, batch.targets, strict=True)):
+        return "targets out of place"
+    return ""
 
 
-def _is_draw(draw: Draw) -> bool:
+def _are_lists(values: Sequence[Sequence[int]]) -> bool:
+    """Whether all are lists of whole numbers."""
+    if not set(map(type, values)) <= {list, tuple}:
+        return False
+    return are_whole(list(chain.from_iterable(values)))
+
+
+def _are_draws(draws: Sequence[Draw]) -> bool:
+    if not draws:
+        return True
+    column = Draw(*zip(*draws, strict=True))  # type: ignore[arg-type]  # of tuples
+    numbers = (
+        column.temperature, column.top_p, column.min_p, column.repetition_penalty,
+        column.presence_penalty, column.frequency_penalty,
+    )  # fmt: skip
     return (
-        is_whole(draw.seed, high=MAX_SEED)
-        and is_whole(draw.position)
-        and all(is_finite(value) for value in draw[2:3] + draw[4:9])
-        and is_whole(draw.top_k)
-        and is_whole(draw.logprobs, low=-1, high=MAX_LOGPROBS)
-        and are_whole(draw.banned)
-        and are_whole(draw.history)
-        and is_whole(draw.num_prompt)
+        are_whole(column.seed, high=MAX_SEED)
+        and are_whole(column.position)
+        and are_whole(column.top_k)
+        and are_whole(column.num_prompt)
+        and are_whole(column.logprobs, low=-1, high=MAX_LOGPROBS)
+        and are_finite(chain(*numbers))  # type: ignore[arg-type]
+        and _are_lists(column.banned)  # type: ignore[arg-type]
+        and _are_lists(column.history)  # type: ignore[arg-type]
     )
 
 

@@ -7,6 +7,7 @@ A message may claim more than it holds; what it may claim is bounded by its own 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import msgpack
@@ -43,18 +44,24 @@ def is_whole(value: object, *, low: int = 0, high: int = MAX_INDEX) -> bool:
     return type(value) is int and low <= value <= high
 
 
-def are_whole(values: object, *, high: int = MAX_INDEX) -> bool:
-    """Whether it is a list of whole numbers from 0 to `high`."""
+def are_whole(values: object, *, low: int = 0, high: int = MAX_INDEX) -> bool:
+    """Whether it is a list of whole numbers from `low` to `high`."""
     if not isinstance(values, list | tuple):
         return False
     if not values:
         return True
-    return set(map(type, values)) == {int} and min(values) >= 0 and max(values) <= high
+    return set(map(type, values)) == {int} and min(values) >= low and max(values) <= high
 
 
 def is_finite(value: object) -> bool:
     """Whether it is a number that is neither infinite nor none (a truth value is no number)."""
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
+
+
+def are_finite(values: Iterable[object]) -> bool:
+    """Whether all are numbers that are neither infinite nor none."""
+    numbers = tuple(values)
+    return set(map(type, numbers)) <= {int, float} and all(map(math.isfinite, numbers))  # type: ignore[arg-type]
 
 
 def seconds_in(data: bytes | memoryview) -> list[float]:

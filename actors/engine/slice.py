@@ -15,7 +15,7 @@ import torch
 
 from actors.engine import sampling
 from actors.engine.attention import ATTENTION_NAME, KVCache, PagedRows
-from actors.engine.batch import StepBatch, StepResult
+from actors.engine.batch import StepBatch, StepBounds, StepResult
 from actors.engine.checkpoint import EMBEDDING, HEAD, Checkpoint, TensorInfo
 from actors.engine.config import EngineConfig
 from actors.engine.lora import SliceAdapters
@@ -86,6 +86,11 @@ class StageSlice:
         self.embedding = self._modules.get(_EMBED)
         self.norm = self._modules.get(_NORM)
         self.head = self._modules.get(_HEAD)
+        self._bounds: StepBounds = (
+            StepBounds(checkpoint.vocab_size, num_kv_blocks, config.kv_block_tokens)
+            if held is None
+            else held._bounds
+        )
         if held is not None:
             self.adapters: SliceAdapters = held.adapters
             self.adapters.cover(held._decoder_layers() | self._decoder_layers())
@@ -161,6 +166,7 @@ class StageSlice:
 
         Runs with the adapter version that the step names.
         """
+        batch.check_within(self._bounds)
         self.adapters.use(batch.adapter_version)
         cache = self.kv[batch.lane]
         cache.copy_blocks(batch.copies)

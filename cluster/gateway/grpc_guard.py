@@ -25,7 +25,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -123,23 +123,14 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
                 if request is None:
                     raise RequestError("the call carries no message", None)
                 if not handler.response_streaming:
-                    await self._write(context, await handler.unary_unary(request, context))
+                    await context.write(await handler.unary_unary(request, context))
                     return
                 responses = handler.unary_stream(request, context)
             # Closing here, rather than when the generator is collected, aborts a cancelled request
             # at once.
-            async with aclosing(responses):
+            async with aclosing(responses), _reading(context, self._message_timeout_s) as write:
                 async for response in responses:
-                    await self._write(context, response)
-
-    async def _write(self, context: Any, response: Any) -> None:
-        try:
-            async with asyncio.timeout(self._message_timeout_s):
-                await context.write(response)
-        except TimeoutError:
-            raise MessageTooSlow(
-                f"nothing was read for {self._message_timeout_s:g} s (gateway.body_timeout_s)"
-            ) from None
+                    await write(response)
 
     async def _parsed(
         self, messages: AsyncIterator[bytes], parse: Callable[[bytes], Any]
@@ -157,6 +148,47 @@ class GuardInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # grp
                     f"no message came within {self._message_timeout_s:g} s (gateway.body_timeout_s)"
                 ) from None
             yield parse(message)
+
+
+@asynccontextmanager
+async def _reading(
+    context: Any, timeout_s: float
+) -> AsyncGenerator[Callable[[Any], Awaitable[None]], None]:
+    """Give a way to write responses; raise when the client has taken none for once or twice that.
+
+    One clock for all of them: one for each would cost more than the writing.
+    """
+    loop = asyncio.get_running_loop()
+    num_begun = num_done = num_seen = 0
+    deadline = asyncio.timeout(None)
+    timer: asyncio.TimerHandle
+
+    async def write(response: Any) -> None:
+        nonlocal num_begun, num_done
+        num_begun += 1
+        await context.write(response)
+        num_done += 1
+
+    def look() -> None:
+        nonlocal num_seen, timer
+        if num_done < num_begun == num_seen:
+            deadline.reschedule(loop.time())
+            return
+        num_seen = num_begun
+        timer = loop.call_later(timeout_s, look)
+
+    timer = loop.call_later(timeout_s, look)
+    try:
+        async with deadline:
+            yield write
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        raise MessageTooSlow(
+            f"nothing was read for {timeout_s:g} s (gateway.body_timeout_s)"
+        ) from None
+    finally:
+        timer.cancel()
 
 
 async def _abort(context: Any, error: Exception) -> None:

@@ -55,7 +55,7 @@ def test_it_is_on_the_disk_before_record_returns(
     monkeypatch.setattr(os, "fsync", synced.append)
     log = AuditLog(tmp_path / "audit.jsonl")
 
-    log.record("start", who="owner", source="here")
+    log.record("publish", who="owner", source="here")
 
     assert len(synced) == 1
 

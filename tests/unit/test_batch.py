@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import math
+from dataclasses import replace
+from typing import Any
 
 import msgpack
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from actors.engine.batch import Draw, Rows, StepBatch, StepResult
+from actors.engine.batch import Draw, Rows, StepBatch, StepBounds, StepResult
 from actors.engine.requests import TokenLogprob
 
 IDS = st.integers(0, 2**31 - 1)
@@ -131,3 +134,55 @@ def test_random_bytes_are_refused_as_value_errors(data: bytes) -> None:
 def test_wrongly_typed_fields_are_refused_as_value_errors(fields: object) -> None:
     with contextlib.suppress(ValueError):
         StepBatch.decode(msgpack.packb(fields))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"tokens": [5, 6, 100]}, "step 1 holds token id 100; the model has 100"),
+        ({"rows": [Rows(0, 2, [8]), Rows(4, 1, [0, 2])]}, "names block 8; the stage has 8 a lane"),
+        ({"rows": [Rows(0, 2, [1]), Rows(8, 1, [0, 2])]}, "9 positions in 2 blocks of 4"),
+        ({"copies": [(0, 9)]}, "names block 9"),
+        ({"prompt_logprobs": [(0, 1)], "targets": [[100]]}, "holds token id 100"),
+    ],
+)
+def test_what_a_stage_does_not_have_is_refused(change: dict[str, Any], message: str) -> None:
+    bounds = StepBounds(vocab_size=100, num_blocks=8, block_tokens=4)
+    REAL.check_within(bounds)
+
+    with pytest.raises(ValueError, match=message):
+        replace(REAL, **change).check_within(bounds)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lane": -1}, {"step": True}, {"epoch": 2**63}, {"tokens": [5, 6, -7]},
+        {"rows": [Rows(0, 3, [-1])]}, {"rows": [Rows(0, 0, []), Rows(0, 3, [1])]},
+        {"drawn": [2]}, {"drawn": [0, 1]}, {"draws": [Draw(7, 5, temperature=math.nan)]},
+        {"draws": [Draw(-1, 5)]}, {"draws": [Draw(7, 5, logprobs=21)]},
+        {"draws": [Draw(7, 5, history=(1, -1))]}, {"copies": [(0, -1)]},
+        {"prompt_logprobs": [(2, 1)], "targets": [[1]]}, {"prompt_logprobs": [(0, 1)]},
+        {"prompt_logprobs": [(0, 1)], "targets": [[1, 2, 3]]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_field_out_of_place_is_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="malformed step message"):
+        StepBatch.decode(replace(REAL, **change).encode())
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (StepResult([]), "draws 1 tokens; the answer has 0 with 0 log-probabilities"),
+        (StepResult([1, 2]), "the answer has 2"),
+        (StepResult([1], [None, None]), "with 2 log-probabilities"),
+        (StepResult([1], [], [[]]), r"scores \[\] tokens; the answer has \[0\]"),
+    ],
+)
+def test_a_result_that_does_not_answer_the_step_says_so(result: StepResult, message: str) -> None:
+    StepResult([1]).check_answers(REAL)
+
+    with pytest.raises(ValueError, match=message):
+        result.check_answers(REAL)

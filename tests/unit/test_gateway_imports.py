@@ -17,7 +17,8 @@ import pytest
         ("cluster.gateway.dashboard, cluster.trainstate", {"torch", "ray", "grpc", "fastapi"}),
         ("cluster.gateway.server", {"torch", "ray", "transformers"}),
         (
-            "cluster.gateway.settings, cluster.gateway.auth",
+            "cluster.gateway.settings, cluster.gateway.auth, cluster.gateway.access, cluster.keys, "
+            "cluster.audit, cluster.rates, cluster.commands.keys",
             {"torch", "ray", "grpc", "fastapi", "tokenizers"},
         ),
     ],

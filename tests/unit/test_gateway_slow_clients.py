@@ -6,6 +6,7 @@ The deadlines are shortened by the settings; what is waited for is the server's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ import httpx
 import pytest
 
 from cluster.client import AsyncMotleyClient, Overloaded
+from protos import motley_pb2 as pb
+from protos import motley_pb2_grpc
 
 if TYPE_CHECKING:
     from cluster.gateway.server import GatewayHandle
@@ -178,3 +181,45 @@ async def test_metadata_above_the_limit_is_refused(channel: Any, metadata: Any) 
     )
 
     assert await call.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_an_rpc_whose_responses_are_not_read_is_ended(
+    gateway_with: GatewayFactory, backend: FakeBackend, metadata: Any
+) -> None:
+    backend.reply = "x" * 60
+    options = pb.SamplingOptions(max_tokens=60, logprobs=20)
+    request = pb.GenerateRequest(text="ab", n=32, sampling=options)
+    small_window = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 16_384)]
+    async with (
+        gateway_with(body_timeout_s=SOON_S) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_target, options=small_window) as channel,
+    ):
+        call = motley_pb2_grpc.MotleyStub(channel).Generate(request, metadata=metadata)
+        await call.read()
+        async with asyncio.timeout(LONG_S):
+            while not backend.closed:  # noqa: ASYNC110  # the fake has no event for it
+                await asyncio.sleep(0.01)
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+
+        assert await call.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "nothing was read for 0.2 s" in await call.details()
+
+
+async def test_a_client_that_reads_slowly_and_goes_on_is_served(
+    gateway_with: GatewayFactory, backend: FakeBackend, metadata: Any
+) -> None:
+    backend.reply = "x" * 20
+    request = pb.GenerateRequest(text="ab", sampling=pb.SamplingOptions(max_tokens=20))
+    async with (
+        gateway_with(body_timeout_s=SOON_S) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_target) as channel,
+    ):
+        call = motley_pb2_grpc.MotleyStub(channel).Generate(request, metadata=metadata)
+        texts = []
+        async for response in call:
+            texts.append(response.text)
+            await asyncio.sleep(3 * SOON_S / 20)
+
+    assert "".join(texts) == "x" * 20
