@@ -14,8 +14,17 @@ from actors.engine.requests import RequestOutput
 
 _MOST_KIND_BYTES = 32
 _MOST_PARTS = 2**16
-"""Stages, or lanes, of one deployment."""
-_STAGE_NUMBERS = ("loaded_fraction", "busy_s", "steps", "late_s", "link_bytes")
+"""Lanes of one deployment."""
+_MOST_NAME_CHARACTERS = 256
+_STAGE_NUMBERS = (
+    "epoch",
+    "loaded_fraction",
+    "busy_s",
+    "predicted_s",
+    "steps",
+    "late_s",
+    "link_bytes",
+)
 _LANE_NUMBERS = (
     "running",
     "waiting",
@@ -61,9 +70,19 @@ def _report(value: Any) -> Mapping[str, Any]:
     numbers = (
         [name for name in _STAGE_NUMBERS if name in value] if whose == "stage" else _LANE_NUMBERS
     )
-    if not is_whole(value.get(whose), high=_MOST_PARTS - 1):
+    is_known = _is_name(value["stage"]) if whose == "stage" else _is_index(value.get("lane"))
+    if not is_known:
         raise PackedError(f"a report of no {whose}")
     wrong = [name for name in numbers if not is_finite(value.get(name))]
     if wrong:
         raise PackedError(f"a report of {whose} {value[whose]} whose {wrong[0]} is no number")
     return value
+
+
+def _is_name(value: Any) -> bool:
+    """Whether a value may be a device's id, which a stage goes by."""
+    return isinstance(value, str) and 0 < len(value) <= _MOST_NAME_CHARACTERS
+
+
+def _is_index(value: Any) -> bool:
+    return is_whole(value, high=_MOST_PARTS - 1)
