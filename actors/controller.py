@@ -252,7 +252,9 @@ class ControllerShell:
             )
         except FleetError as error:
             _log.warning("plan %d did not come into force: %s", plan.epoch, error)
-            lost = tuple(sorted(self._dead_stages()))
+            self._dead_stages()
+            held = {stage.device_id for stage in self._fleet.plan.stages}
+            lost = tuple(sorted(held - self._fleet.stages.keys()))
             return MoveFailed(
                 at_s=self._now_s(), epoch=plan.epoch, reason=str(error), lost_device_ids=lost
             )
@@ -267,16 +269,12 @@ class ControllerShell:
             moved_bytes=report.kv_bytes,
         )
 
-    def _dead_stages(self) -> list[str]:
+    def _dead_stages(self) -> None:
         """Find out at once who is lost, and bury them."""
-        dead: list[str] = []
         while (loss := self._fleet.lost(0.0, self._settings.silence_s)) is not None:
             self._fleet.bury(loss.member)
             if loss.member.kind == "lane":
                 self._replace_lane(loss.member, loss.reason)
-            else:
-                dead.append(str(loss.member.key))
-        return dead
 
     def _begin_window(self) -> None:
         self._window_began_s, self._before = self._now_s(), self._hooks.counters()
