@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -38,7 +39,10 @@ from placement.steering.values import (
 
 _log = logging.getLogger(__name__)
 _WATCH_S = 0.2
-_MOST_LANE_LOSSES = 3
+_JOIN_TIMEOUT_S = 5.0
+_MOST_LANE_LOSSES = 5
+_LANE_LOSS_WINDOW_S = 60.0
+"""More in so short a time are no accident."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +112,7 @@ class ControllerShell:
         self._window_began_s = 0.0
         self._before: Counters | None = None
         self._running: list[int] = []
-        self._lane_losses = 0
-        self._is_halted = False
+        self._lane_losses_s: deque[float] = deque(maxlen=2 * _MOST_LANE_LOSSES)
         self.turn = threading.Lock()
         """Held while the fleet is used; whoever else uses it holds it too."""
 
@@ -118,10 +121,11 @@ class ControllerShell:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the present turn, which may be a move. Safe to call twice."""
+        """End after the present turn; a long move is left to fail with its fleet. Safe to call
+        twice."""
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_JOIN_TIMEOUT_S)
 
     def what_if(self) -> tuple[StagesPlan | None, str]:
         """Return what the controller would do now; waits for a move that is under way."""
@@ -188,9 +192,13 @@ class ControllerShell:
 
     def _replace_lane(self, lost: Member, reason: str) -> None:
         """Put another lane in the place of a lost one; the requests go on there."""
-        self._lane_losses += 1
-        if self._lane_losses > _MOST_LANE_LOSSES:
-            self._hooks.on_fatal(f"{reason}; it is the {self._lane_losses}th lane in a row")
+        now_s = self._now_s()
+        self._lane_losses_s.append(now_s)
+        recent = [at_s for at_s in self._lane_losses_s if now_s - at_s < _LANE_LOSS_WINDOW_S]
+        if len(recent) > _MOST_LANE_LOSSES:
+            self._hooks.on_fatal(
+                f"{reason}; {len(recent)} lanes were lost within {_LANE_LOSS_WINDOW_S:g} s"
+            )
             return
         try:
             lane = replace_lane(
@@ -229,7 +237,6 @@ class ControllerShell:
             case MoveLayers(plan=plan, is_recovery=is_recovery):
                 return self._move(plan, is_recovery=is_recovery)
             case Halt(reason=reason):
-                self._is_halted = True
                 self._hooks.on_halt(reason)
             case ReleaseNode(node=node):
                 _log.info("node %s holds nothing any more", node)
@@ -258,8 +265,6 @@ class ControllerShell:
             return MoveFailed(
                 at_s=self._now_s(), epoch=plan.epoch, reason=str(error), lost_device_ids=lost
             )
-        self._is_halted = False
-        self._lane_losses = 0
         self._hooks.on_plan(plan, report)
         self._begin_window()
         return MoveDone(
