@@ -20,6 +20,7 @@ from actors.moving import MoveReport, move, replace_lane, stand_still
 from actors.wire import Address
 from placement.controller import Controller
 from placement.stages import StagesPlan
+from placement.steering.log import LogEntry
 from placement.steering.values import (
     ChangeLanes,
     Command,
@@ -71,6 +72,8 @@ class Hooks:
     on_lane_replaced: Callable[[int, Address], None]
     on_resumed: Callable[[], None]
     on_halt: Callable[[str], None]
+    on_entry: Callable[[LogEntry], None]
+    """Every event with the commands that followed, for a log."""
     on_fatal: Callable[[str], None]
     """Nothing will go on."""
 
@@ -221,14 +224,19 @@ class ControllerShell:
         """Tell the controller, and do what it says until it says no more."""
         if isinstance(event, NodeLost):
             self._bury_node(event.node, event.reason)
-        commands = list(self.controller.handle(event))
+        commands = self._ask(event)
         while commands:
             command = commands.pop(0)
             _log.info("controller: %s", _words(command))
             answer = self._obey(command)
             if answer is not None:
                 # What it says to the answer takes the place of what it said before.
-                commands = [*self.controller.handle(answer), *commands]
+                commands = [*self._ask(answer), *commands]
+
+    def _ask(self, event: Event) -> list[Command]:
+        commands = self.controller.handle(event)
+        self._hooks.on_entry(LogEntry(event=event, commands=tuple(commands)))
+        return commands
 
     def _obey(self, command: Command) -> Event | None:
         match command:
