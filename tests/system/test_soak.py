@@ -162,7 +162,10 @@ def resident_bytes() -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_no_token_is_lost_or_changed_whatever_breaks() -> None:
+async def test_no_token_is_lost_or_changed_whatever_breaks(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("MOTLEY_HOME", str(tmp_path))
     config = make_config()
     with nothing_left_behind():
         block = serving(config)
