@@ -174,7 +174,7 @@ class Life:
         self, plan: StagesPlan, profile: ModelProfile, dispatcher: Dispatcher
     ) -> None:
         """What is quoted in errors and logs of whoever handles them."""
-        fleet = holding(FleetSpec, keys=dispatcher.keys, plan=plan, profile=profile)
+        fleet = holding(FleetSpec, keys=dispatcher.keys, profile=profile)
         deployment = holding(Deployment, token=TOKEN, dispatcher=dispatcher)
         values = (
             fleet, dispatcher.keys, deployment, Ready("h", "g", TOKEN, 1.0), self.config,
