@@ -91,6 +91,16 @@ class Resuming:
         named = self._named.get(request_id)
         return None if named is None or named.has_ended else named.owner
 
+    def num_unheard(self, owner: str, *, besides: str) -> int:
+        """How many requests of a client run with nobody listening, not counting one."""
+        return sum(
+            named.owner == owner
+            and not named.num_listeners
+            and not named.has_ended
+            and request_id != besides
+            for request_id, named in self._named.items()
+        )
+
     async def suspend(self) -> None:
         """Stop all; what has not ended is in the journal, and goes on from there."""
         live = [named for named in self._named.values() if not named.has_ended]
@@ -106,8 +116,10 @@ class Resuming:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def close(self) -> None:
-        """Stop all, and close the journal."""
+        """Stop all, and close the journal once what has ended is in it."""
         await self.suspend()
+        running = [named.running for named in self._named.values() if named.running is not None]
+        await asyncio.gather(*running, return_exceptions=True)
         self._journal.close()
 
     async def _listen(self, named: _Named) -> AsyncGenerator[RequestOutput, None]:

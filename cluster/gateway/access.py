@@ -81,9 +81,12 @@ class Usage:
             self._calls.take(1, now_s)
         self.num_calls += 1
 
-    def begin_prompt(self, num_tokens: int, now_s: float) -> None:
-        """Count a prompt that is about to run, or raise `RateLimited`."""
-        self._check_number(self.num_running, "prompts run")
+    def begin_prompt(self, num_tokens: int, now_s: float, *, num_unheard: int = 0) -> None:
+        """Count a prompt that is about to run, or raise `RateLimited`.
+
+        `num_unheard` are those of the client that go on although it has left them.
+        """
+        self._check_number(self.num_running + num_unheard, "prompts run")
         if self._tokens is not None:
             wait_s = self._tokens.wait_s(num_tokens, now_s)
             if wait_s > 0:
@@ -136,12 +139,14 @@ class Caller:
         raise Forbidden(f"this needs a key of scope {need}; {self.name} has {has}", self.name)
 
     @contextmanager
-    def prompt(self, num_tokens: int, monotonic_s: Callable[[], float]) -> Iterator[Usage | None]:
+    def prompt(
+        self, num_tokens: int, monotonic_s: Callable[[], float], *, num_unheard: int = 0
+    ) -> Iterator[Usage | None]:
         """Hold one of the caller's places for a prompt that runs."""
         if self.usage is None:
             yield None
             return
-        self.usage.begin_prompt(num_tokens, monotonic_s())
+        self.usage.begin_prompt(num_tokens, monotonic_s(), num_unheard=num_unheard)
         try:
             yield self.usage
         finally:

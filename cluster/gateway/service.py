@@ -243,9 +243,15 @@ class GatewayService:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run the request; closing this generator aborts it on the backend at once."""
         caller = current_caller()
+        num_unheard = 0
+        if self._resuming is not None:
+            num_unheard = self._resuming.num_unheard(caller.name, besides=request.id)
         with ExitStack() as held:
             with self.metrics.counting_refusals():
-                usage = held.enter_context(caller.prompt(len(request.prompt), self._monotonic_s))
+                place = caller.prompt(
+                    len(request.prompt), self._monotonic_s, num_unheard=num_unheard
+                )
+                usage = held.enter_context(place)
                 key = self._admit(request, caller.name)
             held.callback(self._leave, key)
             outputs = self._outputs(request, caller.name)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
-from actors.engine.requests import SamplingParams
+from actors.engine.requests import RequestOutput, SamplingParams
 from cluster.client import AsyncMotleyClient, Forbidden, NotFound, Overloaded, Unauthenticated
 from cluster.gateway.access import (
     Access,
@@ -20,9 +21,11 @@ from cluster.gateway.access import (
     current_caller,
 )
 from cluster.gateway.access import Unauthenticated as NotLetIn
-from cluster.gateway.service import GatewayService
+from cluster.gateway.service import GatewayService, SamplingOptions
 from cluster.gateway.tokenizer import Tokenizer
+from cluster.journal import Journal
 from cluster.keys import KeyRing, add_key, new_key, remove_key
+from cluster.resuming import Resuming
 
 if TYPE_CHECKING:
     from tests.unit.conftest import FakeBackend, GatewayFactory
@@ -154,6 +157,33 @@ async def test_prompt_and_output_are_charged_and_what_runs_goes_on(
     assert isinstance(backend.requests[0].sampling, SamplingParams)
     text = service.metrics.render(await service.status(), service.model_info()).decode()
     assert 'motley_requests_total{outcome="overloaded"} 2.0' in text
+
+
+async def test_a_named_request_that_its_client_has_left_keeps_its_place(
+    file: Path, token: str, backend: FakeBackend, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    door = Door(file, token, concurrent_requests=1)
+    backend.hang_after = 1
+    journal = Journal(tmp_path / "journal.sqlite3", keep_s=60.0)
+    resuming = Resuming(backend.generate, journal, grace_s=60.0)
+    service = GatewayService(backend, tokenizer, resuming=resuming)
+
+    def ask(request_id: str) -> AsyncGenerator[RequestOutput, None]:
+        options: SamplingOptions = {"max_tokens": 9}
+        return service.generate(service.request(request_id, (1, 2), options, is_named=True))
+
+    with door.access.serving(door.caller()):
+        async with aclosing(ask("a")) as first:
+            await anext(first)
+        with pytest.raises(RateLimited, match="1 prompts run"):
+            await anext(ask("b"))
+        async with aclosing(ask("a")) as again:
+            backend.hang_after = None
+            backend.release()
+            assert len([output async for output in again]) == 9
+        async with aclosing(ask("b")) as second:
+            assert len([output async for output in second]) == 9
+    await resuming.close()
 
 
 # --- over both protocols ----------------------------------------------------------------------

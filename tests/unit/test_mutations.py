@@ -88,8 +88,8 @@ OUTPUT = RequestOutput(
     prompt_logprobs=(TokenLogprob(1, None),), finish_reason="stop", stop_reason="x",
 )  # fmt: skip
 STAGE_REPORT = {
-    "stage": 1, "active": True, "loaded_fraction": 1.0, "busy_s": 0.5, "steps": 3, "late_s": 0.0,
-    "link_bytes": 640,
+    "stage": "gpu0", "active": True, "loaded_fraction": 1.0, "busy_s": 0.5, "steps": 3,
+    "late_s": 0.0, "link_bytes": 640,
 }  # fmt: skip
 LANE_REPORT = {
     "lane": 0, "link_bytes": 1, "adapter_switch_s": 0.0, "running": 1, "waiting": 0,

@@ -10,7 +10,7 @@ import asyncio
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -81,12 +81,12 @@ def config_in(folder: Path) -> MotleyConfig:
 class Stages(threading.Thread):
     """Answers a lane's steps as the last of the stages would, and reports for all of them."""
 
-    def __init__(self, keys: wire.WireKeys, monitor: wire.Address, num_stages: int) -> None:
+    def __init__(self, keys: wire.WireKeys, monitor: wire.Address, devices: Sequence[str]) -> None:
         super().__init__(name="stages", daemon=True)
         self.inbox = wire.Inbox("stage 0", keys)
         self._keys = keys
         self._monitor = wire.Outbox(monitor, keys)
-        self._num_stages = num_stages
+        self._devices = devices
         self._lane: wire.Outbox | None = None
         self._stopping = threading.Event()
 
@@ -102,8 +102,8 @@ class Stages(threading.Thread):
                 result = StepResult([65] * len(batch.drawn))
                 message = msgpack.packb([batch.step, result.to_wire()])
                 self._lane.send([wire.RESULT, message, msgpack.packb([0.001])])
-            for index in range(self._num_stages):
-                report = {"stage": index, "active": True, "loaded_fraction": 1.0}
+            for device in self._devices:
+                report = {"stage": device, "active": True, "loaded_fraction": 1.0}
                 self._monitor.send([wire.REPORT, msgpack.packb(report)])
 
     def stop(self) -> None:
@@ -148,7 +148,7 @@ class Life:
         monitor = dispatcher.open("127.0.0.1")
         audit = open_audit(config.gateway, config.served_name)
         gateway = await serve(dispatcher, self._tokenizer, config.gateway, token, audit=audit)
-        stages = Stages(dispatcher.keys, monitor, len(plan.stages))
+        stages = Stages(dispatcher.keys, monitor, [stage.device_id for stage in plan.stages])
         spec = LaneSpec(index=0, limits=LIMITS, step_timeout_s=60.0)
         lane = DecodeWorker(spec, self._raw.to_str(), dispatcher.keys, monitor)
         try:
@@ -174,7 +174,7 @@ class Life:
         self, plan: StagesPlan, profile: ModelProfile, dispatcher: Dispatcher
     ) -> None:
         """What is quoted in errors and logs of whoever handles them."""
-        fleet = holding(FleetSpec, keys=dispatcher.keys, plan=plan, profile=profile)
+        fleet = holding(FleetSpec, keys=dispatcher.keys, profile=profile)
         deployment = holding(Deployment, token=TOKEN, dispatcher=dispatcher)
         values = (
             fleet, dispatcher.keys, deployment, Ready("h", "g", TOKEN, 1.0), self.config,
