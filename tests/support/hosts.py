@@ -262,6 +262,10 @@ class Host(Namespace):
                 continue  # it ended meanwhile
         return found
 
+    def command_lines(self, *titles: bytes) -> list[str]:
+        """Return how those processes were started, for messages."""
+        return [_command_line(pid) for pid in self.processes(*titles)]
+
     def signal(self, number: signal.Signals, *titles: bytes) -> int:
         """Signal its processes (SIGSTOP: the host hangs); returns how many there were."""
         found = self.processes(*titles)
@@ -351,6 +355,14 @@ def wait_until(
     while not holds():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what()}"
         time.sleep(_LOOK_EVERY_S)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""  # it ended meanwhile
+    return line.replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def _needed_in_tmp() -> list[Path]:
