@@ -56,6 +56,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount --bind /tmp/passwd /etc/passwd
 mount --bind /tmp/hosts /etc/hosts
+mount --bind /tmp/resolv.conf /etc/resolv.conf
 ip link set lo up
 echo ready
 while read -r _; do :; done
@@ -113,6 +114,7 @@ class Namespace:
         own = "motley:x:0:0:who logs in over ssh:/tmp/home:/bin/bash\n"
         (folder / "passwd").write_text(own + users, encoding="utf-8")
         (folder / "hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")
+        (folder / "resolv.conf").touch()  # no server: unknown names are refused at once
         kept = [str(path) for path in _needed_in_tmp()]
         with (folder / "boot.log").open("wb") as errors:
             self._first = subprocess.Popen(
