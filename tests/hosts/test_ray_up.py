@@ -6,6 +6,7 @@ import json
 import re
 import secrets
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,9 +26,11 @@ from cluster.client import MotleyClient
 CLUSTER = ROOT / "deploy" / "clusters" / "lan.yaml"
 DASHBOARD = "http://127.0.0.1:8265"
 DEADLINE_S = 180.0
+GONE_TIMEOUT_S = 90.0
 NUM_NEW = 24
 NODES = ("h0", "h1", "h2")
 JOB = "lan"
+ACTORS = (b"ray::StageWorker", b"ray::DecodeWorker")
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -75,11 +78,12 @@ def test_the_lan_cluster_comes_up_serves_a_job_and_goes_down(lan: Network) -> No
         operator.run("ray", "down", "--yes", "/tmp/lan.yaml", timeout_s=DEADLINE_S)
     for host in nodes.values():
         assert "uv pip install" in (host.folder / "home" / "installed.log").read_text("utf-8")
-    wait_until(lambda: has_only_ssh(head), DEADLINE_S, lambda: head.processes())
-    # `ray down` stops the head alone; the others end when they miss it. What they leave waits for
-    # the next `ray stop` there.
-    for name in NODES[1:]:
-        wait_until(lambda name=name: not has_ray(lan[name]), DEADLINE_S)  # type: ignore[misc]
+    # `ray down` stops the head alone; on the others Ray ends when it misses the head, but for
+    # helpers that wait for the next `ray stop` there.
+    everything = (b"ray::", b"python", sys.executable.encode())
+    wait_until(lambda: not left(head, *everything), GONE_TIMEOUT_S, head.command_lines)
+    for host in nodes.values():
+        wait_until(lambda host=host: not left(host, *ACTORS), GONE_TIMEOUT_S, host.command_lines)  # type: ignore[misc]
 
 
 def status_of(operator: Host) -> str:
@@ -91,13 +95,10 @@ def all_joined(operator: Host, nodes: Network) -> bool:
     return sum(map(int, counts)) == len(nodes)
 
 
-def has_only_ssh(host: Host) -> bool:
-    return set(host.processes()) == set(host.processes(b"sshd", SERVER.encode()))
-
-
-def has_ray(host: Host) -> bool:
+def left(host: Host, *titles: bytes) -> list[int]:
+    """Return what runs of Ray's own programs, and of other processes."""
     programs = Path(ray.__file__).parent / "core" / "src"
-    return bool(host.processes(f"{programs}/".encode(), b"ray::StageWorker", b"ray::DecodeWorker"))
+    return host.processes(f"{programs}/".encode(), *titles)
 
 
 @contextmanager

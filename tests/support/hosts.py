@@ -56,6 +56,7 @@ mount -t tmpfs tmpfs /run
 mkdir /run/sshd
 mount --bind /tmp/passwd /etc/passwd
 mount --bind /tmp/hosts /etc/hosts
+mount --bind /tmp/resolv.conf /etc/resolv.conf
 ip link set lo up
 echo ready
 while read -r _; do :; done
@@ -113,6 +114,7 @@ class Namespace:
         own = "motley:x:0:0:who logs in over ssh:/tmp/home:/bin/bash\n"
         (folder / "passwd").write_text(own + users, encoding="utf-8")
         (folder / "hosts").write_text("127.0.0.1 localhost\n", encoding="utf-8")
+        (folder / "resolv.conf").touch()  # no server: unknown names are refused at once
         kept = [str(path) for path in _needed_in_tmp()]
         with (folder / "boot.log").open("wb") as errors:
             self._first = subprocess.Popen(
@@ -262,6 +264,10 @@ class Host(Namespace):
                 continue  # it ended meanwhile
         return found
 
+    def command_lines(self, *titles: bytes) -> list[str]:
+        """Return how those processes were started, for messages."""
+        return [_command_line(pid) for pid in self.processes(*titles)]
+
     def signal(self, number: signal.Signals, *titles: bytes) -> int:
         """Signal its processes (SIGSTOP: the host hangs); returns how many there were."""
         found = self.processes(*titles)
@@ -351,6 +357,14 @@ def wait_until(
     while not holds():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what()}"
         time.sleep(_LOOK_EVERY_S)
+
+
+def _command_line(pid: int) -> str:
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return ""  # it ended meanwhile
+    return line.replace(b"\0", b" ").decode(errors="replace").strip()
 
 
 def _needed_in_tmp() -> list[Path]:
