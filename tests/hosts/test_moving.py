@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
-from host_cases import GREEDY, SLOW_BYTES_PER_S, TEXTS, staged
+from host_cases import GREEDY, SLOW_BYTES_PER_S, TEXTS, in_one_process, staged
 from host_ray import Asked, HostRay
+from identity import check_identical
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(500)
 
 
-@pytest.mark.skip(reason="needs the controller")
-def test_layers_leave_a_host_whose_link_slows_while_it_serves(cluster: HostRay) -> None:
-    """Tighten as: the plan in force comes to use the slow link less (its epoch grows), no request
-    has an error, and all tokens are `in_one_process`'s."""
+def test_a_host_behind_a_slow_link_is_drained_while_it_serves(cluster: HostRay) -> None:
     lan = cluster.hosts
+    lan["h2"].shape(SLOW_BYTES_PER_S)
+    expected = in_one_process(TEXTS, GREEDY["max_tokens"])
     with cluster.serving(staged(lan, 3, 3, 2)) as served:
         asked = [Asked(served, text, **GREEDY) for text in TEXTS]
         for request in asked:
             request.wait_for_tokens(8)
-        lan["h2"].shape(SLOW_BYTES_PER_S)
+        reach = ("--url", served.url, "--token", served.token, "--json")
+        drained = cluster.head.motley("drain", lan["h2"].address, *reach)
+        assert json.loads(drained.stdout)["drained"] is True
         for request in asked:
             request.wait()
-        assert served.status()["epoch"] > 0
+
+        assert [request.error for request in asked] == [None] * len(asked)
+        check_identical(expected, [request.tokens for request in asked])
+        status = served.status()
+        assert lan["h2"].address not in [stage["node"] for stage in status["stages"]]
+        assert status["controller"]["num_pauses"] == 1
+
+        cluster.head.motley("drain", "--cancel", lan["h2"].address, *reach)
+        would = cluster.head.motley("rebalance", "--dry-run", *reach)
+        assert json.loads(would.stdout)["would"]["verdict"]
