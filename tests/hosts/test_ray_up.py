@@ -27,6 +27,8 @@ CLUSTER = ROOT / "deploy" / "clusters" / "lan.yaml"
 DASHBOARD = "http://127.0.0.1:8265"
 DEADLINE_S = 180.0
 GONE_TIMEOUT_S = 90.0
+COMMAND_EVERY_S = 2.0
+"""Ray's commands take seconds of a processor: asking without a break slows what is asked about."""
 NUM_NEW = 24
 NODES = ("h0", "h1", "h2")
 JOB = "lan"
@@ -71,7 +73,12 @@ def test_the_lan_cluster_comes_up_serves_a_job_and_goes_down(lan: Network) -> No
 
     operator.run("ray", "up", "--yes", "/tmp/lan.yaml", timeout_s=DEADLINE_S)
     try:
-        wait_until(lambda: all_joined(operator, nodes), DEADLINE_S, lambda: status_of(operator))
+        wait_until(
+            lambda: all_joined(operator, nodes),
+            DEADLINE_S,
+            lambda: status_of(operator),
+            every_s=COMMAND_EVERY_S,
+        )
         with dashboard(operator):
             check_it_serves(operator, head)
     finally:
@@ -111,6 +118,7 @@ def dashboard(operator: Host) -> Iterator[HostProcess]:
             lambda: operator.run(*listing, check=False).returncode == 0,
             DEADLINE_S,
             lambda: forwarding.output,
+            every_s=COMMAND_EVERY_S,
         )
         yield forwarding
     finally:
@@ -149,6 +157,6 @@ def job_event(operator: Host, name: str) -> dict[str, Any]:
     def events() -> list[str]:
         return [line for line in told if re.match(rf'\{{.*"event": ?"{name}"', line)]
 
-    wait_until(is_there, DEADLINE_S, lambda: "\n".join(told))
+    wait_until(is_there, DEADLINE_S, lambda: "\n".join(told), every_s=COMMAND_EVERY_S)
     value: dict[str, Any] = json.loads(events()[0])
     return value

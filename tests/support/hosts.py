@@ -31,7 +31,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN_TIMEOUT_S = 120.0
 _SETUP_TIMEOUT_S = 20.0
 _GONE_TIMEOUT_S = 30.0
-_LOOK_EVERY_S = 0.1
 _PREFIX = "motley-hosts-"
 _SUBNET = "10.77.0"
 _GATEWAY = f"{_SUBNET}.254"
@@ -350,13 +349,17 @@ def remove_leftovers() -> None:
 
 
 def wait_until(
-    holds: Callable[[], bool], timeout_s: float, what: Callable[[], object] = lambda: ""
+    holds: Callable[[], bool],
+    timeout_s: float,
+    what: Callable[[], object] = lambda: "",
+    *,
+    every_s: float = 0.1,
 ) -> None:
     """Look until it holds; fails at the deadline, saying what there was."""
     deadline_s = time.monotonic() + timeout_s
     while not holds():
         assert time.monotonic() < deadline_s, f"not within {timeout_s:g} s: {what()}"
-        time.sleep(_LOOK_EVERY_S)
+        time.sleep(every_s)
 
 
 def _command_line(pid: int) -> str:
