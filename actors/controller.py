@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
@@ -19,6 +20,7 @@ from actors.moving import MoveReport, move, replace_lane, stand_still
 from actors.wire import Address
 from placement.controller import Controller
 from placement.stages import StagesPlan
+from placement.steering.log import LogEntry
 from placement.steering.values import (
     ChangeLanes,
     Command,
@@ -38,7 +40,10 @@ from placement.steering.values import (
 
 _log = logging.getLogger(__name__)
 _WATCH_S = 0.2
-_MOST_LANE_LOSSES = 3
+_JOIN_TIMEOUT_S = 5.0
+_MOST_LANE_LOSSES = 5
+_LANE_LOSS_WINDOW_S = 60.0
+"""More in so short a time are no accident."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +72,8 @@ class Hooks:
     on_lane_replaced: Callable[[int, Address], None]
     on_resumed: Callable[[], None]
     on_halt: Callable[[str], None]
+    on_entry: Callable[[LogEntry], None]
+    """Every event with the commands that followed, for a log."""
     on_fatal: Callable[[str], None]
     """Nothing will go on."""
 
@@ -108,8 +115,7 @@ class ControllerShell:
         self._window_began_s = 0.0
         self._before: Counters | None = None
         self._running: list[int] = []
-        self._lane_losses = 0
-        self._is_halted = False
+        self._lane_losses_s: deque[float] = deque(maxlen=2 * _MOST_LANE_LOSSES)
         self.turn = threading.Lock()
         """Held while the fleet is used; whoever else uses it holds it too."""
 
@@ -118,10 +124,11 @@ class ControllerShell:
         self._thread.start()
 
     def stop(self) -> None:
-        """End after the present turn, which may be a move. Safe to call twice."""
+        """End after the present turn; a long move is left to fail with its fleet. Safe to call
+        twice."""
         self._stopping.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(_JOIN_TIMEOUT_S)
 
     def what_if(self) -> tuple[StagesPlan | None, str]:
         """Return what the controller would do now; waits for a move that is under way."""
@@ -188,9 +195,13 @@ class ControllerShell:
 
     def _replace_lane(self, lost: Member, reason: str) -> None:
         """Put another lane in the place of a lost one; the requests go on there."""
-        self._lane_losses += 1
-        if self._lane_losses > _MOST_LANE_LOSSES:
-            self._hooks.on_fatal(f"{reason}; it is the {self._lane_losses}th lane in a row")
+        now_s = self._now_s()
+        self._lane_losses_s.append(now_s)
+        recent = [at_s for at_s in self._lane_losses_s if now_s - at_s < _LANE_LOSS_WINDOW_S]
+        if len(recent) > _MOST_LANE_LOSSES:
+            self._hooks.on_fatal(
+                f"{reason}; {len(recent)} lanes were lost within {_LANE_LOSS_WINDOW_S:g} s"
+            )
             return
         try:
             lane = replace_lane(
@@ -213,14 +224,19 @@ class ControllerShell:
         """Tell the controller, and do what it says until it says no more."""
         if isinstance(event, NodeLost):
             self._bury_node(event.node, event.reason)
-        commands = list(self.controller.handle(event))
+        commands = self._ask(event)
         while commands:
             command = commands.pop(0)
             _log.info("controller: %s", _words(command))
             answer = self._obey(command)
             if answer is not None:
                 # What it says to the answer takes the place of what it said before.
-                commands = [*self.controller.handle(answer), *commands]
+                commands = [*self._ask(answer), *commands]
+
+    def _ask(self, event: Event) -> list[Command]:
+        commands = self.controller.handle(event)
+        self._hooks.on_entry(LogEntry(event=event, commands=tuple(commands)))
+        return commands
 
     def _obey(self, command: Command) -> Event | None:
         match command:
@@ -229,7 +245,6 @@ class ControllerShell:
             case MoveLayers(plan=plan, is_recovery=is_recovery):
                 return self._move(plan, is_recovery=is_recovery)
             case Halt(reason=reason):
-                self._is_halted = True
                 self._hooks.on_halt(reason)
             case ReleaseNode(node=node):
                 _log.info("node %s holds nothing any more", node)
@@ -252,12 +267,12 @@ class ControllerShell:
             )
         except FleetError as error:
             _log.warning("plan %d did not come into force: %s", plan.epoch, error)
-            lost = tuple(sorted(self._dead_stages()))
+            self._dead_stages()
+            held = {stage.device_id for stage in self._fleet.plan.stages}
+            lost = tuple(sorted(held - self._fleet.stages.keys()))
             return MoveFailed(
                 at_s=self._now_s(), epoch=plan.epoch, reason=str(error), lost_device_ids=lost
             )
-        self._is_halted = False
-        self._lane_losses = 0
         self._hooks.on_plan(plan, report)
         self._begin_window()
         return MoveDone(
@@ -267,16 +282,12 @@ class ControllerShell:
             moved_bytes=report.kv_bytes,
         )
 
-    def _dead_stages(self) -> list[str]:
+    def _dead_stages(self) -> None:
         """Find out at once who is lost, and bury them."""
-        dead: list[str] = []
         while (loss := self._fleet.lost(0.0, self._settings.silence_s)) is not None:
             self._fleet.bury(loss.member)
             if loss.member.kind == "lane":
                 self._replace_lane(loss.member, loss.reason)
-            else:
-                dead.append(str(loss.member.key))
-        return dead
 
     def _begin_window(self) -> None:
         self._window_began_s, self._before = self._now_s(), self._hooks.counters()

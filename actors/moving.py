@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from actors.fleet import Fleet, FleetError, Member, wait_for
+from placement.moving.transit import tight_devices
 from placement.stages import StagesPlan
 
 _log = logging.getLogger(__name__)
@@ -48,16 +49,29 @@ def move(
     Args:
         fleet: Without the members that are lost.
         recompute: Lanes run their sequences again instead of taking KV along; the only way when a
-            holder is lost, and then steps under way have no answer.
+            holder is lost, and then steps under way have no answer. Also where a device's memory
+            cannot hold what it has and what it gets at once; the lanes stand still meanwhile.
         timeout_s: For loading weights.
         step_timeout_s: For a step to come back.
 
     Raises:
-        FleetError: It could not be done. The plan before is in force where its stages are alive.
+        FleetError: It could not be done. The plan before is in force where its stages are alive;
+            those that had let go of layers are not.
     """
     began_s = time.monotonic()
     deadline_s = began_s + timeout_s
-    new = _load(fleet, plan, deadline_s)
+    limits = fleet.spec.limits
+    kv_tokens = limits.num_blocks * limits.block_tokens * fleet.spec.num_lanes
+    tight = [
+        device_id
+        for device_id in tight_devices(fleet.plan, plan, fleet.spec.profile, kv_tokens=kv_tokens)
+        if device_id in fleet.stages
+    ]
+    if tight:
+        recompute = True
+        stand_still(fleet)
+        _let_go(fleet, plan, tight, deadline_s)
+    new = _load(fleet, plan, deadline_s, tight)
     loaded_s = time.monotonic()
     switched: list[Member] = []
     try:
@@ -73,6 +87,7 @@ def move(
             kv_bytes, pause_s = kv_bytes + lane_bytes, max(pause_s, lane_s)
     except FleetError:
         _undo(fleet, plan, switched, new, is_fenced=recompute)
+        _bury(fleet, tight)
         raise
     fleet.plan = plan
     _retire(fleet, plan)
@@ -107,7 +122,38 @@ def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s:
     return lane
 
 
-def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float) -> list[Member]:
+def _let_go(fleet: Fleet, plan: StagesPlan, tight: Sequence[str], deadline_s: float) -> None:
+    """Make stages hold no more than what they keep; who keeps nothing is started anew.
+
+    Raises:
+        FleetError: One of them died; all are buried, for the plan before is no more.
+    """
+    before = {stage.device_id: stage for stage in fleet.plan.stages}
+    try:
+        for placed in plan.stages:
+            if placed.device_id not in tight:
+                continue
+            member, old = fleet.stages[placed.device_id], before[placed.device_id]
+            first = max(old.first_layer, placed.first_layer)
+            end = min(old.end_layer, placed.end_layer)
+            if first >= end:
+                fleet.retire(member)
+                continue
+            kept = member.actor.prepare.remote(plan.epoch, first, end)
+            wait_for([member], [kept], deadline_s)
+            wait_for([member], [member.actor.retire.remote(plan.epoch)], deadline_s)
+    except FleetError:
+        _bury(fleet, tight)
+        raise
+
+
+def _bury(fleet: Fleet, device_ids: Sequence[str]) -> None:
+    for device_id in device_ids:
+        if device_id in fleet.stages:
+            fleet.bury(fleet.stages[device_id])
+
+
+def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float, tight: Sequence[str]) -> list[Member]:
     """Make every stage of a plan hold its layers; returns the stages that were started for it."""
     placed = plan.stages
     there = [stage for stage in placed if stage.device_id in fleet.stages]
@@ -122,7 +168,8 @@ def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float) -> list[Member]:
             fleet.admit(new, deadline_s)
         wait_for(members, calls, deadline_s)
     except FleetError:
-        _undo(fleet, plan, [], new, is_fenced=False)
+        _undo(fleet, plan, [], new, is_fenced=bool(tight))
+        _bury(fleet, tight)
         raise
     return new
 

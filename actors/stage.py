@@ -169,7 +169,8 @@ class StageWorker:
             self._oldest_epoch = epoch
             self._drop_routes(0, epoch)
         old = [self._slices.pop(number) for number in sorted(self._slices) if number < epoch]
-        self._newest.settle(old)
+        if old:
+            self._newest.settle(old)
 
     def forget(self, epoch: int) -> None:
         """Undo `prepare` and `connect` of an epoch that never came into force."""

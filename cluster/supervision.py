@@ -24,6 +24,7 @@ from actors.moving import MoveReport
 from actors.wire import Address, WireError
 from cluster.backend import ControllerStatus
 from cluster.config import ConfigError, MotleyConfig
+from cluster.controller_log import ControllerLog, controller_log_file
 from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
 from cluster.planning import serving_workload
@@ -31,6 +32,7 @@ from cluster.profile import LOCAL
 from cluster.steering import controller_document, controller_status, cut_of
 from placement.controller import Controller
 from placement.stages import StagesPlan
+from placement.steering.log import Opening
 from placement.steering.values import (
     DrainCancelled,
     DrainRequested,
@@ -75,13 +77,21 @@ class Supervisor:
         order = "given" if is_forced else config.plan.device_order
         if is_forced:
             settings = settings.model_copy(update={"rebalance": False})
-        controller = Controller(
-            profile,
-            topology,
-            serving_workload(config),
-            settings.settings(config.plan.objective, order, config.plan.headroom_fraction),
+        opening = Opening(
+            profile=profile,
+            topology=topology,
+            workload=serving_workload(config),
+            settings=settings.settings(config.plan.objective, order, config.plan.headroom_fraction),
             in_force=plan,
         )
+        controller = Controller(
+            opening.profile,
+            opening.topology,
+            opening.workload,
+            opening.settings,
+            in_force=opening.in_force,
+        )
+        self._log = ControllerLog(controller_log_file(config.served_name), opening)
         self._shell = ControllerShell(
             controller,
             fleet,
@@ -94,6 +104,7 @@ class Supervisor:
                 on_lane_replaced=self._on_lane_replaced,
                 on_resumed=partial(self._say, dispatcher.resumed),
                 on_halt=partial(self._say, self._halt),
+                on_entry=self._log.write,
                 on_fatal=partial(self._say, dispatcher.fail),
             ),
             ShellSettings(
@@ -120,6 +131,7 @@ class Supervisor:
         if self._giving_up is not None:
             self._giving_up.cancel()
         await asyncio.to_thread(self._shell.stop)
+        self._log.close()
 
     def status(self) -> ControllerStatus:
         return controller_status(self._shell.state)

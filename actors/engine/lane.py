@@ -77,7 +77,11 @@ class LaneCore:
     def add(self, request: Request, now_s: float) -> list[RequestOutput]:
         """Queue a request; a refusal comes back as its outputs."""
         queued = self._scheduler.num_running + self._scheduler.num_waiting
-        if queued + request.n > self._limits.max_running + self._limits.max_waiting:
+        # One that goes on after a lane was lost had its place in that lane's queue.
+        if (
+            not request.progress
+            and queued + request.n > self._limits.max_running + self._limits.max_waiting
+        ):
             return [_failed(request.id, 0, "overloaded")]
         try:
             choices = self._scheduler.add(request)

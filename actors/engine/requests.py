@@ -171,10 +171,11 @@ class Request:
 
         Raises ValueError, TypeError, AttributeError or LookupError for a malformed one.
         """
-        prompt = value["prompt"]
-        if type(value["id"]) is not str or not are_whole(prompt):
+        prompt, progress = value["prompt"], value.get("progress", ())
+        drawn = [tokens for tokens in progress if tokens is not None]
+        if type(value["id"]) is not str or not all(are_whole(part) for part in (prompt, *drawn)):
             # In a step such tokens would fail the requests beside it too.
-            raise ValueError("a request's id is no text, or its prompt holds more than token ids")
+            raise ValueError("a request's id is no text, or it holds more than token ids")
         return cls(
             id=value["id"],
             prompt=tuple(prompt),
@@ -182,7 +183,7 @@ class Request:
             n=value["n"],
             deadline_s=value["deadline_s"],
             is_named=bool(value.get("is_named")),
-            progress=tuple(None if p is None else tuple(p) for p in value.get("progress", ())),
+            progress=tuple(None if p is None else tuple(p) for p in progress),
         )
 
 

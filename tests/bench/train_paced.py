@@ -53,7 +53,7 @@ class Effort:
 FULL = Effort(0.06, 4, 3)
 SMALL_STEPS = replace(FULL, rounds_per_step=2)
 """Two thirds of the micro-batches a step: what a pipeline that flushes every step does worse."""
-QUICK = Effort(0.01, 3, 2)
+QUICK = Effort(0.007, 3, 2)
 
 
 @dataclass(frozen=True)

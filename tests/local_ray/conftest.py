@@ -36,8 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.ray)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What deployments write down stays out of the user's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOTLEY_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
+def ray_session(own_home: None) -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=8,

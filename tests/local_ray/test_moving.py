@@ -16,6 +16,7 @@ from actors.fleet import FleetError
 from actors.moving import MoveReport, move
 from cluster.client import AsyncMotleyClient, Completion
 from cluster.planning import serving_workload
+from placement.moving.transit import tight_devices
 from placement.stages import StagesPlan, plan_stages
 from placement.topology import Topology
 from tests.local_ray.conftest import Served, make_config, serving
@@ -134,3 +135,23 @@ async def test_a_move_that_fails_leaves_the_plan_before_in_force(served: Served)
     await under_load(served, fail, expected, temperature=0.0)
     assert fleet.plan.epoch == 0
     served.wait_until_idle()
+
+
+async def test_where_memory_is_short_layers_are_let_go_of_first(
+    ray_session: None, checkpoints: Path
+) -> None:
+    """Each device has room for what it is given, and not for what it had besides."""
+    config = make_config(checkpoints / MODEL, (4, 4, 0, 0), engine={"num_kv_blocks": 256})
+    devices = tuple(
+        device.model_copy(update={"memory_bytes": 36 * 2**20}) for device in config.devices or ()
+    )
+    config = config.model_copy(update={"devices": devices})
+    with nothing_left_behind(), serving(config) as served:
+        expected = texts(await ask_all(served, temperature=0.0))
+        old, new = (plan_for(served, counts) for counts in ((4, 4, 0, 0), (2, 2, 2, 2)))
+        profile, kv_tokens = served.running.profile, 2 * 256 * 16
+        assert tight_devices(old, new, profile, kv_tokens=kv_tokens) == ("cpu1",)
+        report = await under_load(
+            served, lambda: cut_to(served, (2, 2, 2, 2)), expected, temperature=0.0
+        )
+        assert report.kv_bytes == 0

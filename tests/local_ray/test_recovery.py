@@ -18,7 +18,10 @@ from leftovers import nothing_left_behind
 from actors.fleet import Member
 from cluster.backend import DeploymentStatus
 from cluster.client import AsyncMotleyClient, Completion, Unreachable
-from placement.steering.values import Event, NodeJoined, NodeLost
+from cluster.controller_log import controller_log_file, read_log
+from placement.controller import Controller
+from placement.steering.log import replay
+from placement.steering.values import DeviceLost, Event, NodeJoined, NodeLost
 from tests.local_ray.conftest import Served, make_config, serving
 
 MODEL = "tiny-qwen3"
@@ -115,6 +118,21 @@ async def test_requests_go_on_with_the_same_tokens(
     status = await asyncio.to_thread(served.wait_until, lambda status: status.ready)
     assert status.epoch == (1 if name.startswith("stage") else 0)
     served.wait_until_idle()
+
+
+async def test_the_log_of_a_loss_replays_to_the_same_commands(served: Served) -> None:
+    await asyncio.to_thread(kill, member_of(served, "stage cpu1"))
+    await asyncio.to_thread(served.wait_until, lambda status: status.epoch == 1)
+    opening, entries = read_log(controller_log_file(MODEL))
+    again = Controller(
+        opening.profile,
+        opening.topology,
+        opening.workload,
+        opening.settings,
+        in_force=opening.in_force,
+    )
+    assert replay(again, entries) == ""
+    assert any(isinstance(entry.event, DeviceLost) for entry in entries)
 
 
 async def test_streams_have_no_token_twice_and_none_missing(served: Served) -> None:

@@ -77,7 +77,7 @@ def test_named_requests_survive_a_killed_gateway(machine: Machine) -> None:
             for _ in names:
                 assert heard.acquire(timeout=DEADLINE_S)
             os.kill(up.pid, signal.SIGKILL)
-            up.wait(DEADLINE_S)
+            end(up)
             up = machine.up("--config", config)
             event(up, "ready")
             actual = {name: stream.result(DEADLINE_S) for name, stream in streams.items()}

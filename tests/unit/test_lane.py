@@ -597,3 +597,100 @@ def test_preemptions_are_counted_and_change_no_text() -> None:
     assert roomy.core.counters().preemptions == 0
     assert [tight.text(str(i)) for i in range(3)] == [roomy.text(str(i)) for i in range(3)]
     tight.check_nothing_is_left()
+
+
+# --- plans that follow one another -------------------------------------------------------------
+
+
+def test_a_lane_that_is_held_ends_its_step_and_begins_none() -> None:
+    lane = Driver(num_blocks=16)
+    lane.add(max_tokens=8)
+    lane.send()
+    lane.core.hold()
+    assert lane.core.blocks_at_boundary() is None
+    lane.answer()
+    blocks = lane.core.blocks_at_boundary()
+    assert blocks is not None
+    assert len(blocks) == lane.core.counters().blocks_in_use > 0
+    assert lane.core.next_step(lane.now_s) is None
+
+    lane.core.go_on(9, recompute=False)
+    step = lane.core.next_step(lane.now_s)
+    assert step is not None
+    assert (step.batch.epoch, step.batch.num_tokens) == (9, 1)
+    lane.answer()
+    lane.run()
+    lane.check_nothing_is_left()
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_sequences_that_are_computed_again_end_the_same(is_lost: bool) -> None:
+    undisturbed = Driver()
+    undisturbed.add("a", "one prompt", n=2)
+    undisturbed.add("b", "another one:", temperature=1.0)
+    undisturbed.run()
+
+    lane = Driver()
+    lane.add("a", "one prompt", n=2)
+    lane.add("b", "another one:", temperature=1.0)
+    for _ in range(7):
+        lane.send()
+        lane.answer()
+    stale = lane.send()
+    if not is_lost:
+        lane.answer()
+    lane.core.hold(forget_step=is_lost)
+    assert lane.core.blocks_at_boundary() is not None
+    lane.core.go_on(8, recompute=True)
+    # What the lost stages may still say is of no step in flight.
+    lane.core.accept_result(stale, StepResult([1, 2, 3]), now_s=lane.now_s, stage_s=0.0)
+    lane.run()
+
+    for key in (("a", 0), ("a", 1), ("b", 0)):
+        assert lane.text(*key) == undisturbed.text(*key)
+        assert lane.end(*key) == undisturbed.end(*key)
+    assert lane.core.counters().preemptions == 3
+    lane.check_nothing_is_left()
+
+
+def test_what_was_not_moved_is_shared_with_nobody() -> None:
+    lane = Driver()
+    lane.add("done", "a prompt that is long enough to share:", max_tokens=2)
+    lane.run()
+    lane.core.hold()
+    lane.core.go_on(8, recompute=False)
+    lane.add("later", "a prompt that is long enough to share:", max_tokens=2)
+    lane.run()
+    assert lane.of("later")[0].cached_tokens == 0
+    lane.check_nothing_is_left()
+
+
+@given(cut=st.integers(0, 31), num_ended=st.integers(0, 1), stop=st.sampled_from(["", "e", "zz"]))
+@settings(max_examples=60, deadline=None)
+def test_another_lane_goes_on_where_a_lost_one_ended(cut: int, num_ended: int, stop: str) -> None:
+    stops: dict[str, Any] = {"stop": (stop,)} if stop else {}
+    whole = Driver()
+    whole.add("r", "Hi there:", n=2, **stops)
+    whole.run()
+    told = [whole.of("r", index) for index in range(2)]
+    heard = [told[0] if num_ended else told[0][:cut], told[1][:cut]]
+    progress = tuple(
+        None
+        if outputs and outputs[-1].finish_reason
+        else tuple(token for out in outputs for token in out.tokens)
+        for outputs in heard
+    )
+    if progress == (None, None):
+        return
+
+    lane = Driver()
+    sampling = SamplingParams(max_tokens=32, temperature=0.0, **stops)
+    rest = Request(id="r", prompt=ids("Hi there:"), sampling=sampling, n=2, progress=progress)
+    lane.core.add(Request.from_wire(rest.to_wire()), 0.0)
+    lane.run()
+    for index in range(2):
+        text = "".join(out.text for out in (*heard[index], *lane.of("r", index)))
+        tokens = [t for out in (*heard[index], *lane.of("r", index)) for t in out.tokens]
+        assert text == whole.text("r", index)
+        assert tokens == [t for out in told[index] for t in out.tokens]
+    lane.check_nothing_is_left()

@@ -1,0 +1,73 @@
+"""The controller's log on disk: an incident can be replayed from it, event by event.
+
+JSON lines: what the controller began with, then every event with the commands that followed. Ticks
+are written when something followed. Replay it with `placement.steering.log.replay`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.runstate import run_folder
+from placement.steering.log import LogEntry, Opening
+from placement.steering.values import Tick
+
+_log = logging.getLogger(__name__)
+MOST_BYTES = 64 * 2**20
+"""Some weeks of a few stages; what comes after is not written, for a log replays from its start."""
+
+
+def controller_log_file(deployment: str) -> Path:
+    return run_folder() / f"{deployment}.controller.jsonl"
+
+
+class ControllerLog:
+    """One log, begun anew; the one before is kept beside it. Use from one thread."""
+
+    def __init__(self, file: Path, opening: Opening, *, most_bytes: int = MOST_BYTES) -> None:
+        self._file = file
+        self._left_bytes = most_bytes
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if file.exists():
+            file.replace(file.with_suffix(file.suffix + ".1"))
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        self._stream = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._write(opening.to_json())
+
+    def write(self, entry: LogEntry) -> None:
+        """Add an event; a disk that is full costs the log, not the deployment."""
+        if entry.commands or not isinstance(entry.event, Tick):
+            self._write(entry.to_json())
+
+    def close(self) -> None:
+        self._stream.close()
+
+    def _write(self, value: Mapping[str, Any]) -> None:
+        line = json.dumps(value, separators=(",", ":")) + "\n"
+        if self._left_bytes <= 0 or self._stream.closed:
+            return
+        self._left_bytes -= len(line)
+        try:
+            self._stream.write(line)
+            self._stream.flush()
+        except OSError as error:
+            _log.warning("the controller's log %s ends here: %s", self._file, error)
+            self._left_bytes = 0
+        if self._left_bytes <= 0:
+            _log.warning("the controller's log %s is full; what follows is lost", self._file)
+
+
+def read_log(file: Path) -> tuple[Opening, list[LogEntry]]:
+    """Return what a log began with, and its entries.
+
+    Raises:
+        ValueError: It is no such log.
+    """
+    first, *lines = file.read_text(encoding="utf-8").splitlines()
+    entries = [LogEntry.from_json(json.loads(line)) for line in lines]
+    return Opening.from_json(json.loads(first)), entries
