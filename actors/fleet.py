@@ -175,8 +175,7 @@ class Fleet:
                 ]
                 wait_for(stages, loads, deadline_s)
         except FleetError:
-            for member in members:
-                ray.kill(member.actor)
+            _end(members)
             raise
         for member, address in zip(members, addresses, strict=True):
             member.address = address
@@ -275,11 +274,9 @@ class Fleet:
 
     def stop(self) -> None:
         """Stop every actor: politely first, then for certain."""
-        members = self.members
         self._watches.clear()
-        stops = [member.actor.stop.remote() for member in members]
-        if stops:
-            ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+        members = self.members
+        _end(members)
         for member in members:
             self.bury(member)
 
@@ -305,6 +302,15 @@ def deploy(spec: FleetSpec, plan: StagesPlan, *, timeout_s: float) -> Fleet:
         raise
     fleet.watch(fleet.members)
     return fleet
+
+
+def _end(members: Sequence[Member]) -> None:
+    """Stop actors: politely first, so that they clean up behind them, then for certain."""
+    stops = [member.actor.stop.remote() for member in members]
+    if stops:
+        ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
+    for member in members:
+        ray.kill(member.actor)
 
 
 def _address(member: Member) -> wire.Address:
