@@ -13,12 +13,7 @@ from actors.engine.packed import PackedError, is_finite, is_whole, unpack
 from actors.engine.requests import RequestOutput
 
 _MOST_KIND_BYTES = 32
-<<<<<<< HEAD
 _MOST_LANES = 2**16
-=======
-_MOST_PARTS = 2**16
-"""Lanes of one deployment."""
->>>>>>> wt-security
 _MOST_NAME_CHARACTERS = 256
 _STAGE_NUMBERS = (
     "epoch",
@@ -69,7 +64,6 @@ def _outputs(value: Any) -> list[RequestOutput]:
 def _report(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise PackedError(f"a report that is a {type(value).__name__}")
-<<<<<<< HEAD
     if "stage" in value:
         device = value["stage"]
         if type(device) is not str or not 0 < len(device) <= _MOST_NAME_CHARACTERS:
@@ -87,26 +81,3 @@ def _check_numbers(report: Mapping[str, Any], names: Sequence[str]) -> None:
     for name in names:
         if not is_finite(report.get(name)):
             raise PackedError(f"a report whose {name} is no number")
-=======
-    whose = "stage" if "stage" in value else "lane"
-    # A stage may leave out what it has not begun to count; a lane counts from the start.
-    numbers = (
-        [name for name in _STAGE_NUMBERS if name in value] if whose == "stage" else _LANE_NUMBERS
-    )
-    is_known = _is_name(value["stage"]) if whose == "stage" else _is_index(value.get("lane"))
-    if not is_known:
-        raise PackedError(f"a report of no {whose}")
-    wrong = [name for name in numbers if not is_finite(value.get(name))]
-    if wrong:
-        raise PackedError(f"a report of {whose} {value[whose]} whose {wrong[0]} is no number")
-    return value
-
-
-def _is_name(value: Any) -> bool:
-    """Whether a value may be a device's id, which a stage goes by."""
-    return isinstance(value, str) and 0 < len(value) <= _MOST_NAME_CHARACTERS
-
-
-def _is_index(value: Any) -> bool:
-    return is_whole(value, high=_MOST_PARTS - 1)
->>>>>>> wt-security
