@@ -310,7 +310,7 @@ async def test_of_two_at_once_one_is_told_to_wait(
     assert await asyncio.to_thread(used, served) == ("second", version + 1)
 
 
-async def test_a_stage_that_dies_meanwhile_is_an_error_at_once(
+async def test_a_stage_that_dies_meanwhile_fails_the_publication_or_is_replaced(
     served: Served, adapters: dict[str, Path], http: httpx.AsyncClient
 ) -> None:
     pid = await asyncio.to_thread(pid_of, served.running.fleet.stages["cpu1"].actor)
@@ -320,9 +320,12 @@ async def test_a_stage_that_dies_meanwhile_is_an_error_at_once(
 
     async with asyncio.timeout(DEADLINE_S):
         response = await waiting
-    assert response.status_code == 500, response.text
-    assert "the stage on cpu1" in response.json()["error"]["message"]
-    assert (await http.get("/status")).json()["adapter"]["name"] == "second"
+    in_use = "first"
+    if response.status_code != 200:  # it was at the stage already
+        assert response.status_code == 500, response.text
+        assert "the stage on cpu1" in response.json()["error"]["message"]
+        in_use = "second"
+    assert (await http.get("/status")).json()["adapter"]["name"] == in_use
     # Another stage takes its place, with the adapter that is in use.
     await asyncio.to_thread(served.wait_until, lambda status: status.ready)
-    assert (await asyncio.to_thread(used, served))[0] == "second"
+    assert (await asyncio.to_thread(used, served))[0] == in_use
