@@ -168,12 +168,13 @@ class Fleet:
             calls = [member.actor.ready.remote() for member in members]
             addresses = wait_for(members, calls, deadline_s)
             stages = [member for member in members if member.kind == "stage"]
+            keep = 0
             for version, message in sorted(self._adapters.items()):
-                keep = min(self._adapters)
                 loads = [
                     stage.actor.load_adapter.remote(version, message, keep) for stage in stages
                 ]
                 wait_for(stages, loads, deadline_s)
+                keep = version
         except FleetError:
             _end(members)
             raise

@@ -24,7 +24,8 @@ def controller_status(state: ControllerState) -> ControllerStatus:
     return ControllerStatus(
         phase=state.phase,
         epoch=state.epoch,
-        moves=Counter(_outcome(move) for move in state.moves if move.outcome != "under way"),
+        # A plain one: a Counter does not survive `asdict`.
+        moves=dict(Counter(_outcome(m) for m in state.moves if m.outcome != "under way")),
         num_pauses=len(pauses),
         pause_s=sum(pauses),
         last_pause_s=pauses[-1] if pauses else 0.0,

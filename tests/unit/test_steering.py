@@ -1,0 +1,50 @@
+"""What the controller shows of itself survives its way to JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from cluster.steering import controller_document, controller_status
+from placement.steering.state import ControllerState, MoveRecord, Outcome
+
+
+def record(epoch: int, outcome: Outcome, *, is_recovery: bool = False) -> MoveRecord:
+    return MoveRecord(
+        at_s=10.0 * epoch, epoch=epoch, reason="slow", is_recovery=is_recovery,
+        is_roll_back=False, outcome=outcome, pause_s=0.25 if outcome == "kept" else None,
+    )  # fmt: skip
+
+
+STATE = ControllerState(
+    plan=None, epoch=4, phase="moving", halt_reason="", num_lanes=2, lost_devices=(),
+    drains={"n": "waits"}, unused={}, slowness={"a": 2.0},
+    moves=(
+        record(1, "kept"), record(2, "rolled back"), record(3, "done", is_recovery=True),
+        record(4, "under way"),
+    ),
+    why_not="too small a gain",
+)  # fmt: skip
+
+
+def test_outcomes_are_counted_and_pauses_summed() -> None:
+    status = controller_status(STATE)
+    value = json.loads(json.dumps(asdict(status)))
+    assert value["moves"] == {"kept": 1, "rolled back": 1, "recovery": 1}
+    assert (value["num_pauses"], value["pause_s"], value["last_pause_s"]) == (1, 0.25, 0.25)
+    assert (value["phase"], value["epoch"]) == ("moving", 4)
+
+
+def test_moves_are_shown_with_the_cuts_before_and_after_them() -> None:
+    cuts = {0: {"a": 4, "b": 4}, 1: {"a": 3, "b": 5}, 3: {"b": 8}}
+    document = json.loads(json.dumps(controller_document(STATE, cuts, 1000.0)))
+    assert document["reason"] == "too small a gain"
+    assert document["draining"] == ["n"]
+    assert document["factors"] == {"a": 2.0}
+    shown = [(m["at_s"], m["from"], m["to"], m["outcome"]) for m in document["moves"]]
+    assert shown == [
+        (1010.0, {"a": 4, "b": 4}, {"a": 3, "b": 5}, "kept"),
+        (1020.0, {"a": 3, "b": 5}, {}, "rolled back"),
+        (1030.0, {"a": 3, "b": 5}, {"b": 8}, "recovery"),
+        (1040.0, {"b": 8}, {}, "running"),
+    ]
