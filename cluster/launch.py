@@ -33,7 +33,7 @@ from cluster.inventory import find_hosts, find_topology
 from cluster.journal import Journal, journal_file
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
 from cluster.profile import LOCAL
-from cluster.ray_session import STOP_SIGNALS, ray_session
+from cluster.ray_session import STOP_SIGNALS, prints_logged, ray_session
 from cluster.resuming import Resuming
 from cluster.supervision import Supervisor
 from placement.stages import StagesPlan, split_verdict
@@ -73,7 +73,8 @@ def run(config: MotleyConfig, on_event: OnEvent) -> None:
         ConfigError, CheckpointError, AdapterError, InfeasiblePlanError, FleetError,
             PublishFailed: It could not start.
     """
-    asyncio.run(_run(config, on_event))
+    with prints_logged():
+        asyncio.run(_run(config, on_event))
 
 
 async def _run(config: MotleyConfig, on_event: OnEvent) -> None:

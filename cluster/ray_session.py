@@ -9,8 +9,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, redirect_stdout
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 async def ray_session(config: MotleyConfig) -> AsyncIterator[None]:
     """Join the configured cluster (or the job's own), or start one here and stop it at the end.
 
-    What Ray prints meanwhile is logged instead. A session that is there already is used as it is.
+    A session that is there already is used as it is.
 
     Raises:
         ConfigError: Nothing answers at the cluster's address.
@@ -39,16 +39,22 @@ async def ray_session(config: MotleyConfig) -> AsyncIterator[None]:
         yield
         return
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    await asyncio.to_thread(connect, config)
+    # Ray installs a crash reporter for SIGTERM, which is our ordinary way to stop.
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        await asyncio.to_thread(ray.shutdown)
+
+
+@contextmanager
+def prints_logged() -> Iterator[None]:
+    """Log what Ray prints on stdout, which is a command's own."""
     with redirect_stdout(_Printed()):
-        await asyncio.to_thread(connect, config)
-        # Ray installs a crash reporter for SIGTERM, which is our ordinary way to stop.
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        try:
-            yield
-        finally:
-            await asyncio.to_thread(ray.shutdown)
+        yield
 
 
 class _Printed(io.TextIOBase):

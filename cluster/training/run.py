@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, contextmanager
 
 from cluster.config import MotleyConfig
 from cluster.inventory import find_hosts, find_topology
-from cluster.ray_session import STARTED_HERE, STOP_SIGNALS, ray_options, ray_session
+from cluster.ray_session import STARTED_HERE, STOP_SIGNALS, prints_logged, ray_options, ray_session
 from cluster.training.events import TrainingEvent
 from cluster.training.job import TrainingJob, open_job
 from cluster.training.loop import TrainingLoop
@@ -35,7 +35,8 @@ def run(
         TrainingError: It could not go on.
     """
     job = open_job(config, resume=resume)
-    asyncio.run(_run(job, on_event, trace=trace))
+    with prints_logged():
+        asyncio.run(_run(job, on_event, trace=trace))
 
 
 async def _run(job: TrainingJob, on_event: OnEvent, *, trace: bool) -> None:

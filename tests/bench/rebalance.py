@@ -83,7 +83,10 @@ async def kept_busy(
 
     async def client() -> None:
         while True:
-            await one(load, next(numbers), prompt_tokens, new_tokens)
+            index = next(numbers)
+            # Unlike lengths, so that they do not all begin at the same time.
+            length = new_tokens // 2 + index * 37 % new_tokens
+            await one(load, index, prompt_tokens, length)
 
     clients = [asyncio.create_task(client()) for _ in range(streams)]
     try:
@@ -181,18 +184,23 @@ async def measure_pause(quick: bool) -> list[Figure]:
 
 
 def paced_config(slowness: float) -> MotleyConfig:
+    """The default's devices, with room; one is slower than declared there."""
     config = default_config()
+
+    def slowness_of(device_id: str) -> float:
+        return slowness if device_id == SLOW_DEVICE else 1.0
+
     gateway = config.gateway.model_copy(update={"http_port": 0, "grpc_port": 0})
     engine = config.engine.model_copy(update={"prefix_cache": False})
     devices = [
         device.model_copy(
             update={
-                "flops_per_s": device.flops_per_s / slowness,
-                "memory_bytes_per_s": device.memory_bytes_per_s / slowness,
+                "flops_per_s": (device.flops_per_s or 0.0) / slowness_of(device.id),
+                "memory_bytes_per_s": (device.memory_bytes_per_s or 0.0) / slowness_of(device.id),
+                # The default's memories leave no other cut.
+                "memory_bytes": 128 * 2**20,
             }
         )
-        if device.id == SLOW_DEVICE and device.flops_per_s and device.memory_bytes_per_s
-        else device
         for device in config.devices or ()
     ]
     return config.model_copy(
@@ -204,18 +212,18 @@ async def measure_recovery(quick: bool) -> list[Figure]:
     """One device slows to half its speed; how long until all is as good as it can be?"""
     config = paced_config(1.0)
     plan = config.plan
-    streams, new_tokens = plan.lanes * plan.sequences_per_lane, 128
+    streams, new_tokens = plan.lanes * plan.sequences_per_lane, 160
     settle_s = 8.0 if quick else 15.0
     async with (
         deployment(paced_config(SLOWNESS)) as running,
-        kept_busy(running, streams, 256, new_tokens) as load,
+        kept_busy(running, streams, 32, new_tokens) as load,
     ):
         await asyncio.sleep(5.0 + settle_s)
         now_s = time.monotonic()
         optimum = load.rate(now_s - settle_s, now_s)
     async with (
         deployment(config) as running,
-        kept_busy(running, streams, 256, new_tokens) as load,
+        kept_busy(running, streams, 32, new_tokens) as load,
     ):
         await asyncio.sleep(5.0 + settle_s)
         slowed_s = time.monotonic()
