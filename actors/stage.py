@@ -70,10 +70,6 @@ class _Route:
     lanes: Mapping[int, tuple[int, wire.Outbox]]
     """By index: (life, where it receives)."""
 
-    def close(self) -> None:
-        for outbox in self.outboxes():
-            outbox.close()
-
     def outboxes(self) -> list[wire.Outbox]:
         lanes = [outbox for _, outbox in self.lanes.values()]
         return lanes if self.next is None else [self.next, *lanes]
@@ -93,6 +89,8 @@ class StageWorker:
         self._oldest_epoch = spec.epoch
         self._slices: dict[int, StageSlice] = {}
         self._routes: dict[int, _Route] = {}
+        self._outboxes: dict[wire.Address, wire.Outbox] = {}
+        """Shared by the routes: to close one that stays in use would lose what is on its way."""
         self._closed_bytes = 0
         self._loop = ServingLoop("stage", self._take_turn)
         self._is_serving = False
@@ -142,18 +140,15 @@ class StageWorker:
         lanes, by index with their lives."""
         slice_ = self._slices[epoch]
         spec = self._spec
-        route = _Route(
-            slice_,
-            stage_cost(spec.device, spec.profile, slice_.first_layer, slice_.end_layer),
-            None if next_stage is None else wire.Outbox(next_stage, self._keys),
-            {
-                index: (life, wire.Outbox(address, self._keys))
-                for index, (life, address) in lanes.items()
-            },
-        )
+        cost = stage_cost(spec.device, spec.profile, slice_.first_layer, slice_.end_layer)
         with self._turn:
-            self._drop_routes(epoch, epoch + 1)
-            self._routes = self._routes | {epoch: route}
+            self._routes[epoch] = _Route(
+                slice_,
+                cost,
+                None if next_stage is None else self._outbox(next_stage),
+                {index: (life, self._outbox(at)) for index, (life, at) in lanes.items()},
+            )
+            self._close_unused()
         if not self._is_serving:
             self._is_serving = True
             self._loop.start()
@@ -217,8 +212,8 @@ class StageWorker:
         self._loop.stop()
         self._inbox.close()
         self._monitor.close()
-        for route in self._routes.values():
-            route.close()
+        for outbox in self._outboxes.values():
+            outbox.close()
 
     @property
     def _newest(self) -> StageSlice:
@@ -226,9 +221,20 @@ class StageWorker:
 
     def _drop_routes(self, first: int, end: int) -> None:
         for number in [number for number in self._routes if first <= number < end]:
-            route = self._routes.pop(number)
-            self._closed_bytes += sum(outbox.bytes_sent for outbox in route.outboxes())
-            route.close()
+            del self._routes[number]
+        self._close_unused()
+
+    def _outbox(self, address: wire.Address) -> wire.Outbox:
+        if address not in self._outboxes:
+            self._outboxes[address] = wire.Outbox(address, self._keys)
+        return self._outboxes[address]
+
+    def _close_unused(self) -> None:
+        used = {box.address for route in self._routes.values() for box in route.outboxes()}
+        for address in self._outboxes.keys() - used:
+            outbox = self._outboxes.pop(address)
+            self._closed_bytes += outbox.bytes_sent
+            outbox.close()
 
     def _take_turn(self) -> None:
         parts = self._inbox.receive(_POLL_S)
@@ -237,7 +243,8 @@ class StageWorker:
                 self._handle(parts)
         if time.monotonic() - self._reported_s > _REPORT_EVERY_S:
             self._reported_s = time.monotonic()
-            self._report()
+            with self._turn:
+                self._report()
 
     def _handle(self, parts: list[memoryview]) -> None:
         """Run one step; what it cannot run is refused to its lane, and serving goes on."""
@@ -282,8 +289,7 @@ class StageWorker:
 
     def _report(self) -> None:
         """Tell the driver how far loading is, and what the stage has done."""
-        outboxes = [outbox for route in self._routes.values() for outbox in route.outboxes()]
-        sent = self._closed_bytes + sum(outbox.bytes_sent for outbox in outboxes)
+        sent = self._closed_bytes + sum(box.bytes_sent for box in self._outboxes.values())
         values = {
             "stage": self._spec.device.id,
             "epoch": max(self._routes, default=self._spec.epoch),
