@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncGenerator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import msgpack
@@ -34,6 +34,7 @@ from cluster.backend import (
     Unavailable,
 )
 from cluster.heard import take_message
+from cluster.in_flight import InFlight
 from cluster.publishing import AdapterHost, Publisher
 from placement.stages import StagePlacement, StagesPlan
 
@@ -43,50 +44,6 @@ _LOADING_RETRY_S = 2.0
 _LOST_RETRY_S = 30.0
 _LOST_SILENCE_S = 2.0
 _SWITCH_GRACE_S = 5.0
-
-
-@dataclass(slots=True)
-class _Stream:
-    """A request in flight: where its outputs go, and how far each choice is."""
-
-    request: Request
-    lane: int
-    lane_id: str
-    """What the lane calls the request. Ids are a client's own and may be used again at once; the
-    last words of an aborted request must not reach its namesake."""
-    end_s: float | None
-    """When its deadline passes."""
-    tokens: list[list[int] | None]
-    """Of each choice, what its client has; None: it has ended."""
-    is_scored: bool = False
-    """Its client has the prompt's log-probabilities."""
-    outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
-
-    @property
-    def open_choices(self) -> int:
-        return sum(tokens is not None for tokens in self.tokens)
-
-    def note(self, output: RequestOutput) -> None:
-        """Take down what goes to the client."""
-        self.is_scored |= output.prompt_logprobs is not None
-        tokens = self.tokens[output.index]
-        if tokens is not None:
-            tokens.extend(output.tokens)
-            if output.finish_reason is not None:
-                self.tokens[output.index] = None
-
-    def rest(self, now_s: float) -> Request:
-        """Return what is left to do, for another lane."""
-        sampling = self.request.sampling
-        if self.is_scored:
-            sampling = replace(sampling, prompt_logprobs=None)
-        return replace(
-            self.request,
-            id=self.lane_id,
-            sampling=sampling,
-            deadline_s=None if self.end_s is None else max(1e-3, self.end_s - now_s),
-            progress=tuple(None if tokens is None else tuple(tokens) for tokens in self.tokens),
-        )
 
 
 class Dispatcher:
@@ -110,8 +67,8 @@ class Dispatcher:
         self._reader: threading.Thread | None = None
         self._stopping = threading.Event()
         self._lanes: dict[int, wire.Outbox] = {}
-        self._streams: dict[str, _Stream] = {}
-        self._by_lane_id: dict[str, _Stream] = {}
+        self._streams: dict[str, InFlight] = {}
+        self._by_lane_id: dict[str, InFlight] = {}
         self._next_lane_id = 0
         self._stage_reports: dict[str, Mapping[str, Any]] = {}
         """By device."""
@@ -250,19 +207,18 @@ class Dispatcher:
         """Stream a request's outputs; see `Backend.generate`."""
         stream = self._admit(request)
         try:
-            while stream.open_choices > 0:
-                output = await stream.outputs.get()
+            while stream.num_untold > 0:
+                output = await stream.next_output()
                 if output.error == "overloaded":
                     raise Overloaded("every slot of the lane's queue is taken", 1.0)
                 if output.error and self._unavailable is not None:
                     raise self._refusal(self._unavailable)
-                stream.note(output)
                 self.tokens_sent += len(output.tokens)
                 yield replace(output, id=request.id)
         finally:
             del self._streams[request.id]
             del self._by_lane_id[stream.lane_id]
-            if stream.open_choices > 0:
+            if stream.num_untold > 0:
                 self._abort(stream)
 
     async def abort(self, request_id: str) -> bool:
@@ -302,7 +258,7 @@ class Dispatcher:
         """The stages' latest raw counters, by device."""
         return dict(self._stage_reports)
 
-    def _admit(self, request: Request) -> _Stream:
+    def _admit(self, request: Request) -> InFlight:
         """Choose a lane and send the request, or say why not; nothing is held when it raises."""
         if self._unavailable is not None:
             raise self._refusal(self._unavailable)
@@ -334,7 +290,7 @@ class Dispatcher:
                 1.0,
             )
         end_s = None if request.deadline_s is None else self._loop.time() + request.deadline_s
-        stream = _Stream(request, lane, self._new_lane_id(), end_s, [[] for _ in range(request.n)])
+        stream = InFlight(request, lane, self._new_lane_id(), end_s)
         asked = replace(request, id=stream.lane_id)
         try:
             self._lanes[lane].send([wire.REQUEST, msgpack.packb(asked.to_wire())])
@@ -348,7 +304,7 @@ class Dispatcher:
         self._next_lane_id += 1
         return str(self._next_lane_id)
 
-    def _abort(self, stream: _Stream) -> None:
+    def _abort(self, stream: InFlight) -> None:
         self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(stream.lane_id)])
 
     async def _switch(self, version: int) -> float:
@@ -418,7 +374,7 @@ class Dispatcher:
             for output in value:
                 stream = self._by_lane_id.get(output.id)
                 if stream is not None:
-                    stream.outputs.put_nowait(output)
+                    stream.arrived(output)
         elif kind == wire.REPORT:
             if "stage" in value:
                 self._stage_reports[value["stage"]] = value
