@@ -21,6 +21,8 @@ from cluster.journal import Journal
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 2.0
+_MOST_KEPT = 1000
+"""Requests whose outputs are kept after their end; beyond that the oldest go early."""
 Generate = Callable[[Request], AsyncGenerator[RequestOutput, None]]
 
 
@@ -166,8 +168,7 @@ class Resuming:
                     named.tell()
             named.has_ended = True
             named.tell()
-            await asyncio.to_thread(self._journal.finish, request_id, named.outputs)
-            await self._sweep()
+            await self._keep(named)
         except asyncio.CancelledError:
             raise
         except Exception as error:  # noqa: BLE001 - raised to whoever listens
@@ -177,10 +178,24 @@ class Resuming:
         finally:
             named.tell()
 
-    async def _sweep(self) -> None:
-        """Forget what ended long ago."""
-        for request_id in await asyncio.to_thread(self._journal.forget_old):
-            self._named.pop(request_id, None)
+    async def _keep(self, named: _Named) -> None:
+        """Write down what a request has become; what failed may be tried again. Forget old ones."""
+        request_id = named.request.id
+        try:
+            if any(output.finish_reason == "error" for output in named.outputs):
+                del self._named[request_id]
+                await asyncio.to_thread(self._journal.forget, request_id)
+            else:
+                await asyncio.to_thread(self._journal.finish, request_id, named.outputs)
+            for old in await asyncio.to_thread(self._journal.forget_old):
+                self._named.pop(old, None)
+            ended = [other for other in self._named.values() if other.has_ended]
+            for other in ended[: len(ended) - _MOST_KEPT]:
+                del self._named[other.request.id]
+                await asyncio.to_thread(self._journal.forget, other.request.id)
+        except sqlite3.Error as error:
+            # Its client has it all; after a restart it would run once more.
+            _log.warning("the end of request %s is not written down: %s", request_id, error)
 
     def _wait_for_listener(self, named: _Named) -> None:
         loop = asyncio.get_running_loop()

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from actors.engine.requests import Request, RequestError, RequestOutput, SamplingParams
+from actors.engine.requests import (
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    SamplingParams,
+)
+from cluster import resuming as resuming_module
 from cluster.backend import Unavailable
 from cluster.client_values import Chunk, Heard, Unreachable
 from cluster.journal import Journal
@@ -37,6 +44,7 @@ class Backend:
         self.gate = asyncio.Event()
         self.gate.set()
         self.error: Exception | None = None
+        self.last_reason: FinishReason = "length"
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         self.runs.append(request.id)
@@ -49,7 +57,9 @@ class Backend:
                     await self.gate.wait()
                 is_last = number == len(TOKENS) - 1
                 yield RequestOutput(
-                    id=request.id, tokens=(token,), finish_reason="length" if is_last else None
+                    id=request.id,
+                    tokens=(token,),
+                    finish_reason=self.last_reason if is_last else None,
                 )
         finally:
             self.ended.put_nowait(request.id)
@@ -146,6 +156,47 @@ async def test_what_was_refused_may_come_again(opened: Callable[..., Resuming]) 
     with pytest.raises(Unavailable, match="full"):
         await listen(resuming, named())
     backend.error = None
+    assert await listen(resuming, named()) == list(TOKENS)
+    await resuming.close()
+
+
+async def test_what_failed_runs_again_when_it_is_asked_for_again(
+    opened: Callable[..., Resuming], file: Path
+) -> None:
+    backend = Backend()
+    resuming = opened(backend)
+    backend.last_reason = "error"
+    await listen(resuming, named())
+    backend.last_reason = "length"
+    assert await listen(resuming, named()) == list(TOKENS)
+    assert backend.runs == ["mine", "mine"]
+    await resuming.close()
+
+
+async def test_only_so_many_are_kept_after_their_end(
+    opened: Callable[..., Resuming], file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resuming_module, "_MOST_KEPT", 2)
+    backend = Backend()
+    resuming = opened(backend)
+    for name in "abc":
+        await listen(resuming, named(name))
+    await resuming.close()
+    journal = Journal(file, keep_s=60.0)
+    assert [entry.request.id for entry in journal.entries()] == ["b", "c"]
+    journal.close()
+
+
+async def test_a_full_disk_at_the_end_costs_its_client_nothing(
+    opened: Callable[..., Resuming], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resuming = opened(Backend())
+
+    def finish(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(resuming._journal, "finish", finish)
+    assert await listen(resuming, named()) == list(TOKENS)
     assert await listen(resuming, named()) == list(TOKENS)
     await resuming.close()
 
