@@ -42,8 +42,6 @@ T = TypeVar("T")
 Body = TypeVar("Body", bound=BaseModel)
 
 _MAX_SCHEMA_ERRORS = 3
-_OPEN_PATHS = frozenset({"/", "/health"})
-"""What is shown to everybody: a page without data, and that the process lives."""
 _INTERNAL = "the gateway failed while handling this request; its log says why"
 
 
