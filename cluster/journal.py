@@ -6,6 +6,7 @@ it has ended. Tokens in between are not written: they are drawn again, and are t
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ CREATE TABLE IF NOT EXISTS requests (
 )
 """
 _BUSY_TIMEOUT_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 def journal_file(deployment: str) -> Path:
@@ -107,16 +109,7 @@ class Journal:
         rows = self._execute(
             "SELECT request, owner, outputs FROM requests ORDER BY changed_unix_s, id", ()
         )
-        return [
-            Entry(
-                Request.from_wire(msgpack.unpackb(request)),
-                owner,
-                None
-                if outputs is None
-                else tuple(RequestOutput.from_wire(o) for o in msgpack.unpackb(outputs)),
-            )
-            for request, owner, outputs in rows
-        ]
+        return [entry for row in rows if (entry := _entry(*row)) is not None]
 
     def close(self) -> None:
         with self._lock:
@@ -125,3 +118,18 @@ class Journal:
     def _execute(self, statement: str, values: tuple[object, ...]) -> list[tuple[Any, ...]]:
         with self._lock:
             return self._connection.execute(statement, values).fetchall()
+
+
+def _entry(request: bytes, owner: str, outputs: bytes | None) -> Entry | None:
+    """Return what a row holds; None: it is another version's, or damaged."""
+    try:
+        return Entry(
+            Request.from_wire(msgpack.unpackb(request)),
+            owner,
+            None
+            if outputs is None
+            else tuple(RequestOutput.from_wire(o) for o in msgpack.unpackb(outputs)),
+        )
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        _log.warning("a request of the journal cannot be read and is left out: %r", error)
+        return None

@@ -132,6 +132,7 @@ async def deployment(
             grace_s=config.gateway.resume_grace_s,
         )
         stack.push_async_callback(resuming.close)
+        await asyncio.to_thread(resuming.recall)
         try:
             gateway = await serve(
                 dispatcher, tokenizer, config.gateway, token, audit=audit, resuming=resuming
@@ -161,9 +162,8 @@ async def deployment(
         supervisor.start()
         dispatcher.steer_by(supervisor)
         await _until_serving(dispatcher)
-        num_recalled = resuming.recall()
-        if num_recalled:
-            _log.info("%d requests that had been accepted go on", num_recalled)
+        if num_again := resuming.restart():
+            _log.info("%d requests that had been accepted go on", num_again)
         # A full collection that walks torch and transformers stops every stream for 0.3 s.
         gc.freeze()
         stack.callback(gc.unfreeze)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
@@ -55,20 +55,22 @@ class Resuming:
         self._grace_s = grace_s
         self._named: dict[str, _Named] = {}
 
-    def recall(self) -> int:
-        """Take up what the journal holds; returns how many requests run again."""
+    def recall(self) -> None:
+        """Know again what the journal holds; before any request is taken."""
         self._journal.forget_old()
-        num_running = 0
         for entry in self._journal.entries():
-            named = _Named(entry.request, entry.owner)
-            self._named[entry.request.id] = named
+            named = self._named[entry.request.id] = _Named(entry.request, entry.owner)
             if entry.outputs is not None:
                 named.outputs, named.has_ended = list(entry.outputs), True
-            else:
-                self._start(named)
+
+    def restart(self) -> int:
+        """Run again what had not ended, once requests are served; returns how many those are."""
+        waiting = [n for n in self._named.values() if not n.has_ended and n.running is None]
+        for named in waiting:
+            self._start(named, is_written=True)
+            if not named.num_listeners:
                 self._wait_for_listener(named)
-                num_running += 1
-        return num_running
+        return len(waiting)
 
     async def generate(self, request: Request, owner: str) -> AsyncGenerator[RequestOutput, None]:
         """Stream a named request from its first output on.
@@ -79,7 +81,7 @@ class Resuming:
         named = self._named.get(request.id)
         if named is None:
             named = self._named[request.id] = _Named(request, owner)
-            await self._accept(named)
+            self._start(named)
         elif not _is_same(named, request, owner):
             raise RequestError(
                 f"request id `{request.id}` is another request's; choose another", "request_id"
@@ -143,72 +145,83 @@ class Resuming:
                 await changed.wait()
         finally:
             named.num_listeners -= 1
-            if not named.num_listeners and not named.has_ended:
+            if not named.num_listeners and not named.has_ended and named.error is None:
                 self._wait_for_listener(named)
 
-    async def _accept(self, named: _Named) -> None:
-        try:
-            await asyncio.to_thread(self._journal.accept, named.request, named.owner)
-        except sqlite3.Error as error:
-            del self._named[named.request.id]
-            named.error = Unavailable(f"the request cannot be written down: {error}", _RETRY_S)
-            named.tell()
-        else:
-            self._start(named)
+    def _start(self, named: _Named, *, is_written: bool = False) -> None:
+        # On a task of its own: a client that leaves takes nothing with it.
+        named.running = asyncio.create_task(self._run(named, is_written=is_written))
 
-    def _start(self, named: _Named) -> None:
-        named.running = asyncio.create_task(self._run(named))
-
-    async def _run(self, named: _Named) -> None:
-        request_id = named.request.id
+    async def _run(self, named: _Named, *, is_written: bool) -> None:
+        request = named.request
         try:
-            async with aclosing(self._generate(named.request)) as outputs:
+            if not is_written:
+                await asyncio.to_thread(self._journal.accept, request, named.owner)
+            async with aclosing(self._generate(request)) as outputs:
                 async for output in outputs:
                     named.outputs.append(output)
                     named.tell()
+        except asyncio.CancelledError:
+            raise
+        except sqlite3.Error as error:
+            await self._fail(named, Unavailable(f"the request is not written down: {error}", 2.0))
+        except Exception as error:  # noqa: BLE001 - raised to whoever listens
+            await self._fail(named, error)
+        else:
+            if any(output.finish_reason == "error" for output in named.outputs):
+                await self._forget([named])  # it may be tried again
             named.has_ended = True
             named.tell()
             await self._keep(named)
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # noqa: BLE001 - raised to whoever listens
-            named.error = error
-            self._named.pop(request_id, None)
-            await asyncio.to_thread(self._journal.forget, request_id)
         finally:
             named.tell()
 
+    async def _fail(self, named: _Named, error: BaseException) -> None:
+        """A request has come to nothing: it may come again under its name."""
+        await self._forget([named])
+        named.error = error
+
     async def _keep(self, named: _Named) -> None:
-        """Write down what a request has become; what failed may be tried again. Forget old ones."""
-        request_id = named.request.id
+        """Write down what a request has become, if it is known still. Forget old ones."""
         try:
-            if any(output.finish_reason == "error" for output in named.outputs):
-                del self._named[request_id]
-                await asyncio.to_thread(self._journal.forget, request_id)
-            else:
-                await asyncio.to_thread(self._journal.finish, request_id, named.outputs)
+            await asyncio.to_thread(self._journal.finish, named.request.id, named.outputs)
             for old in await asyncio.to_thread(self._journal.forget_old):
                 self._named.pop(old, None)
-            ended = [other for other in self._named.values() if other.has_ended]
-            for other in ended[: len(ended) - _MOST_KEPT]:
-                del self._named[other.request.id]
-                await asyncio.to_thread(self._journal.forget, other.request.id)
         except sqlite3.Error as error:
             # Its client has it all; after a restart it would run once more.
-            _log.warning("the end of request %s is not written down: %s", request_id, error)
+            _log.warning("the end of %s is not written down: %s", named.request.id, error)
+        ended = [other for other in self._named.values() if other.has_ended]
+        await self._forget(ended[: max(0, len(ended) - _MOST_KEPT)])
+
+    async def _forget(self, gone: Sequence[_Named]) -> None:
+        """Drop requests, from the journal first: a name that is free has no row."""
+        for named in gone:
+            try:
+                await asyncio.to_thread(self._journal.forget, named.request.id)
+            except sqlite3.Error as error:
+                _log.warning("%s stays in the journal: %s", named.request.id, error)
+            self._drop(named)
+
+    def _drop(self, named: _Named) -> None:
+        if self._named.get(named.request.id) is named:
+            del self._named[named.request.id]
 
     def _wait_for_listener(self, named: _Named) -> None:
         loop = asyncio.get_running_loop()
         named.giving_up = loop.call_later(self._grace_s, self._give_up, named)
 
     def _give_up(self, named: _Named) -> None:
-        if named.num_listeners or named.has_ended:
+        is_live = self._named.get(named.request.id) is named and named.error is None
+        if named.num_listeners or named.has_ended or not is_live:
             return
         _log.info("request %s is given up: nobody listens", named.request.id)
-        self._named.pop(named.request.id, None)
         if named.running is not None:
             named.running.cancel()
-        self._journal.forget(named.request.id)
+        self._drop(named)
+        try:
+            self._journal.forget(named.request.id)
+        except sqlite3.Error as error:
+            _log.warning("%s stays in the journal: %s", named.request.id, error)
 
 
 def _is_same(named: _Named, request: Request, owner: str) -> bool:

@@ -127,7 +127,13 @@ async def test_a_gateway_that_comes_back_goes_on_and_knows_what_has_ended(
 
     backend.gate.set()
     after = opened(backend)
-    assert after.recall() == 1
+    after.recall()
+    # A client that is early waits; nothing runs before requests are served.
+    early = asyncio.create_task(listen(after, named("cut off")))
+    await asyncio.sleep(0)
+    assert backend.runs == ["done", "cut off"]
+    assert after.restart() == 1
+    assert await early == list(TOKENS)
     assert await listen(after, named("cut off")) == list(TOKENS)
     assert await listen(after, named("done")) == list(TOKENS)
     assert backend.runs == ["done", "cut off", "cut off"]
@@ -170,6 +176,38 @@ async def test_what_failed_runs_again_when_it_is_asked_for_again(
     backend.last_reason = "length"
     assert await listen(resuming, named()) == list(TOKENS)
     assert backend.runs == ["mine", "mine"]
+    await resuming.close()
+
+
+async def test_what_failed_does_not_take_its_successor_with_it(
+    opened: Callable[..., Resuming],
+) -> None:
+    backend = Backend()
+    resuming = opened(backend, grace_s=0.02)
+    backend.error = Unavailable("full", 1.0)
+    with pytest.raises(Unavailable, match="full"):
+        await listen(resuming, named())
+    backend.error = None
+    backend.gate.clear()
+    again = asyncio.create_task(listen(resuming, named()))
+    await asyncio.sleep(0.1)  # the first one's grace, had it any
+    assert resuming.owner("mine") == "alice"
+    backend.gate.set()
+    assert await again == list(TOKENS)
+    await resuming.close()
+
+
+async def test_a_client_that_leaves_at_once_leaves_a_request_that_runs(
+    opened: Callable[..., Resuming],
+) -> None:
+    backend = Backend()
+    resuming = opened(backend)
+    hasty = asyncio.create_task(listen(resuming, named()))
+    await asyncio.sleep(0)
+    hasty.cancel()
+    await asyncio.gather(hasty, return_exceptions=True)
+    assert await listen(resuming, named()) == list(TOKENS)
+    assert backend.runs == ["mine"]
     await resuming.close()
 
 
