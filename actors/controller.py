@@ -41,6 +41,8 @@ from placement.steering.values import (
 _log = logging.getLogger(__name__)
 _WATCH_S = 0.2
 _JOIN_TIMEOUT_S = 5.0
+_TURN_TIMEOUT_S = 1.0
+_RETRY_S = 1.0
 _MOST_LANE_LOSSES = 5
 _LANE_LOSS_WINDOW_S = 60.0
 """More in so short a time are no accident."""
@@ -131,9 +133,13 @@ class ControllerShell:
             self._thread.join(_JOIN_TIMEOUT_S)
 
     def what_if(self) -> tuple[StagesPlan | None, str]:
-        """Return what the controller would do now; waits for a move that is under way."""
-        with self.turn:
+        """Return what the controller would do now; while it does something it is not asked."""
+        if not self.turn.acquire(timeout=_TURN_TIMEOUT_S):
+            return None, "a move is under way"
+        try:
             return self.controller.what_if()
+        finally:
+            self.turn.release()
 
     def tell(self, event: Callable[[float], Event]) -> None:
         """Queue an event, made at the time at which it is handled; from any thread."""
@@ -211,8 +217,11 @@ class ControllerShell:
                 timeout_s=self._settings.start_timeout_s,
             )
         except FleetError as error:
-            # A stage may have died with it; its own loss is found next, and this lane again.
             _log.warning("%s could not be replaced: %s", lost.name, error)
+            # A stage may have died with it: that is made good first.
+            loss = self._fleet.lost(_RETRY_S, self._settings.silence_s)
+            if loss is not None:
+                self._lose(loss.member, loss.reason)
             self._replace_lane(lost, str(error))
             return
         assert lane.address is not None
@@ -225,7 +234,7 @@ class ControllerShell:
         if isinstance(event, NodeLost):
             self._bury_node(event.node, event.reason)
         commands = self._ask(event)
-        while commands:
+        while commands and not self._stopping.is_set():
             command = commands.pop(0)
             _log.info("controller: %s", _words(command))
             answer = self._obey(command)
@@ -285,9 +294,12 @@ class ControllerShell:
     def _dead_stages(self) -> None:
         """Find out at once who is lost, and bury them."""
         while (loss := self._fleet.lost(0.0, self._settings.silence_s)) is not None:
+            self._hooks.on_interrupted(loss.reason)
             self._fleet.bury(loss.member)
             if loss.member.kind == "lane":
                 self._replace_lane(loss.member, loss.reason)
+            else:
+                stand_still(self._fleet)
 
     def _begin_window(self) -> None:
         self._window_began_s, self._before = self._now_s(), self._hooks.counters()

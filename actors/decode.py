@@ -77,9 +77,12 @@ class DecodeWorker:
     def ready(self) -> wire.Address:
         return self._inbox.address
 
-    def connect(self, first_stage: wire.Address) -> None:
-        """Connect to the first stage and start serving."""
-        self._first_stage = wire.Outbox(first_stage, self._keys)
+    def connect(self, first_stage: wire.Address | None) -> None:
+        """Connect to the first stage and start serving; None: stand still until `go_on`."""
+        if first_stage is None:
+            self._core.hold()
+        else:
+            self._first_stage = wire.Outbox(first_stage, self._keys)
         self._loop.start()
 
     def hold(self, timeout_s: float, *, forget_step: bool = False) -> list[int]:

@@ -111,6 +111,7 @@ class Fleet:
         later."""
         self._watches: dict[Any, Member] = {}
         self._pinged_s = 0.0
+        self._is_stopped = False
 
     @property
     def members(self) -> list[Member]:
@@ -121,7 +122,12 @@ class Fleet:
         return {index: _address(lane) for index, lane in self.lanes.items()}
 
     def start_stage(self, placed: StagePlacement, epoch: int) -> Member:
-        """Start a stage actor; it is one of the fleet when `admit` has seen it ready."""
+        """Start a stage actor; it is one of the fleet when `admit` has seen it ready.
+
+        Raises:
+            FleetError: The fleet is stopped.
+        """
+        self._check_open()
         spec = self.spec
         device = self.devices[placed.device_id]
         host = self.hosts[placed.node]
@@ -143,6 +149,7 @@ class Fleet:
 
     def start_lane(self, index: int, *, life: int = 0, adapter_version: int = 0) -> Member:
         """Start a lane actor; see `start_stage`."""
+        self._check_open()
         spec = self.spec
         host = self.hosts[spec.lane_node]
         lane = LaneSpec(
@@ -206,7 +213,7 @@ class Fleet:
     def lost(self, timeout_s: float, silence_s: float) -> Loss | None:
         """Wait up to `timeout_s` for a member to die, or to leave a ping of `silence_s` ago
         unanswered; returns who, and why."""
-        if not self._watches:
+        if not self._watches or self._is_stopped:
             time.sleep(timeout_s)
             return None
         done, _ = ray.wait(list(self._watches), timeout=timeout_s)
@@ -221,6 +228,10 @@ class Fleet:
             except RayError as error:
                 return Loss(member, f"{member.name} is lost: {_first_line(error)}")
         return self._silent(silence_s)
+
+    def _check_open(self) -> None:
+        if self._is_stopped:
+            raise FleetError("the fleet is stopped")
 
     def _silent(self, silence_s: float) -> Loss | None:
         now_s = time.monotonic()
@@ -275,6 +286,7 @@ class Fleet:
 
     def stop(self) -> None:
         """Stop every actor: politely first, then for certain."""
+        self._is_stopped = True
         self._watches.clear()
         members = self.members
         _end(members)

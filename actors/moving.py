@@ -108,16 +108,24 @@ def stand_still(fleet: Fleet) -> None:
 def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s: float) -> Member:
     """Start a lane in the place of a lost one, and connect it.
 
+    Where a stage of the plan is lost too, it stands still until `move` lets it go on.
+
     Raises:
-        FleetError: It did not come up.
+        FleetError: It did not come up; nothing of it is left.
     """
     deadline_s = time.monotonic() + timeout_s
     assert isinstance(lost.key, int)
     lane = fleet.start_lane(lost.key, life=lost.life + 1, adapter_version=adapter_version)
     fleet.admit([lane], deadline_s)
-    fleet.connect(fleet.plan, deadline_s)
-    first = fleet.stages[fleet.plan.stages[0].device_id].address
-    wait_for([lane], [lane.actor.connect.remote(first)], deadline_s)
+    first = None
+    try:
+        if all(placed.device_id in fleet.stages for placed in fleet.plan.stages):
+            fleet.connect(fleet.plan, deadline_s)
+            first = fleet.stages[fleet.plan.stages[0].device_id].address
+        wait_for([lane], [lane.actor.connect.remote(first)], deadline_s)
+    except FleetError:
+        fleet.bury(lane)
+        raise
     fleet.watch([lane])
     return lane
 
@@ -241,6 +249,9 @@ def _undo(
 ) -> None:
     """Go back to the plan before, as far as its members are alive; the dead are found anyway."""
     deadline_s = time.monotonic() + _UNDO_TIMEOUT_S
+    # First of all: a step of the new epoch that met no route for it would fail its requests.
+    holds = [lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True) for lane in switched]
+    _best_effort(switched, holds, deadline_s)
     stages = [member for member in fleet.stages.values() if member not in new]
     _best_effort(stages, [stage.actor.forget.remote(plan.epoch) for stage in stages], deadline_s)
     for member in new:
@@ -248,15 +259,14 @@ def _undo(
     first = fleet.stages.get(fleet.plan.stages[0].device_id)
     if is_fenced or first is None:
         return  # a loss is to be acted upon: the next plan takes the lanes up
-    for lane in switched:
-        held = lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True)
-        _best_effort([lane], [held], deadline_s)
-        going = lane.actor.go_on.remote(fleet.plan.epoch, first.address, True)
-        _best_effort([lane], [going], deadline_s)
+    goings = [lane.actor.go_on.remote(fleet.plan.epoch, first.address, True) for lane in switched]
+    _best_effort(switched, goings, time.monotonic() + _UNDO_TIMEOUT_S)
 
 
 def _best_effort(members: Sequence[Member], calls: Sequence[Any], deadline_s: float) -> None:
-    try:
-        wait_for(members, calls, deadline_s, _LATE)
-    except FleetError as error:
-        _log.warning("while a move was undone: %s", error)
+    """Wait for each, whatever becomes of the others."""
+    for member, call in zip(members, calls, strict=True):
+        try:
+            wait_for([member], [call], deadline_s, _LATE)
+        except FleetError as error:
+            _log.warning("while lanes were held: %s", error)

@@ -86,6 +86,10 @@ class StageWorker:
         self._clock = DeviceClock(time.monotonic, time.sleep, spec.device.kind == "paced")
         self._turn = threading.Lock()
         """Held while a step runs."""
+        self._loading = threading.Lock()
+        """Held while slices are made or given up."""
+        self._given_up: set[int] = set()
+        """Epochs that will not come into force, though one may still be loading."""
         self._oldest_epoch = spec.epoch
         self._slices: dict[int, StageSlice] = {}
         self._routes: dict[int, _Route] = {}
@@ -126,9 +130,13 @@ class StageWorker:
 
     def prepare(self, epoch: int, first_layer: int, end_layer: int) -> None:
         """Load what an epoch's layers need beside what is there; steps go on meanwhile."""
-        self._slices[epoch] = self._newest.recut(
-            first_layer, end_layer, on_progress=self._note_progress
-        )
+        with self._loading:
+            base = self._slices[max(number for number in self._slices if number <= epoch)]
+            slice_ = base.recut(first_layer, end_layer, on_progress=self._note_progress)
+            if epoch in self._given_up:
+                base.settle([slice_])
+            else:
+                self._slices[epoch] = slice_
 
     def connect(
         self,
@@ -163,17 +171,21 @@ class StageWorker:
         with self._turn:
             self._oldest_epoch = epoch
             self._drop_routes(0, epoch)
-        old = [self._slices.pop(number) for number in sorted(self._slices) if number < epoch]
-        if old:
-            self._newest.settle(old)
+        with self._loading:
+            old = [self._slices.pop(number) for number in sorted(self._slices) if number < epoch]
+            later = [self._slices[number] for number in self._slices if number > epoch]
+            if old:
+                self._slices[epoch].settle(old, later)
 
     def forget(self, epoch: int) -> None:
         """Undo `prepare` and `connect` of an epoch that never came into force."""
+        self._given_up.add(epoch)
         with self._turn:
             self._drop_routes(epoch, epoch + 1)
-        if epoch in self._slices and len(self._slices) > 1:
-            given_up = self._slices.pop(epoch)
-            self._newest.settle([given_up])
+        with self._loading:
+            if epoch in self._slices and len(self._slices) > 1:
+                given_up = self._slices.pop(epoch)
+                self._newest.settle([given_up])
 
     def take_kv(self, epoch: int, lane: int, layers: range, blocks: list[int]) -> Array:
         """Return the KV of a lane's blocks, (layers, blocks, block_tokens, 2, Hk, D)."""

@@ -76,6 +76,8 @@ class Dispatcher:
         self._lane_reported = asyncio.Event()
         self._publisher: Publisher | None = None
         self._heard_s: dict[str, float] = {}
+        self._adapter_version = 0
+        """What lanes were told last to use."""
         self._steering: Steering | None = None
         self._interruption = ""
         """Why nothing moves, while a loss is being made good; requests are taken and wait."""
@@ -127,6 +129,8 @@ class Dispatcher:
         if index in self._lanes:
             self._lanes[index].close()
         lane = self._lanes[index] = wire.Outbox(address, self.keys)
+        self._lane_reports.pop(index, None)  # what the lost one said of itself
+        lane.send([wire.ADAPTER, msgpack.packb(self._adapter_version)])
         for lane_id, stream in list(self._by_lane_id.items()):
             if stream.lane != index or not stream.open_choices:
                 continue
@@ -330,6 +334,7 @@ class Dispatcher:
         return max(float(report["adapter_switch_s"]) for report in self._lane_reports.values())
 
     def _tell_lanes(self, version: int) -> None:
+        self._adapter_version = version
         try:
             for lane in self._lanes.values():
                 lane.send([wire.ADAPTER, msgpack.packb(version)])

@@ -23,7 +23,7 @@ from actors.fleet import Fleet, Host
 from actors.moving import MoveReport
 from actors.wire import Address, WireError
 from cluster.backend import ControllerStatus
-from cluster.config import ConfigError, MotleyConfig
+from cluster.config import MotleyConfig
 from cluster.controller_log import ControllerLog, controller_log_file
 from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
@@ -211,7 +211,11 @@ class Supervisor:
         if node == LOCAL:
             return True
         known = self._fleet.hosts[node]
-        host = find_hosts().get(node)
+        try:
+            host = find_hosts().get(node)
+        except RayError as error:
+            _log.warning("cannot ask for node %s: %s", node, error)
+            return False
         return host is not None and host.ray_node_id == known.ray_node_id and _answers(host)
 
     async def _look_at_nodes(self) -> None:
@@ -224,8 +228,8 @@ class Supervisor:
                     await self._look_at(node, hosts.get(node))
                 if self._config.devices is None:
                     await self._find_new(hosts)
-            except (RayError, ConfigError) as error:
-                _log.warning("cannot look at the nodes: %s", error)
+            except Exception as error:  # noqa: BLE001 - the next look may go better
+                _log.warning("cannot look at the nodes: %r", error)
 
     async def _look_at(self, node: str, host: Host | None) -> None:
         known = self._fleet.hosts[node].ray_node_id

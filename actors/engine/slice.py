@@ -8,7 +8,7 @@ Knows neither Ray nor sockets: it runs in a plain process.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -92,11 +92,12 @@ class StageSlice:
             else held._bounds
         )
         if held is not None:
-            self.adapters: SliceAdapters = held.adapters
-            self.adapters.cover(held._decoder_layers() | self._decoder_layers())
+            # Last: where memory is short nothing keeps the new layers.
             self.kv: list[KVCache] = [
                 cache.recut(range(first_layer, end_layer)) for cache in held.kv
             ]
+            self.adapters: SliceAdapters = held.adapters
+            self.adapters.cover(held._decoder_layers() | self._decoder_layers())
             return
         self.adapters = SliceAdapters(self._decoder_layers())
         attention = self.layers[0].self_attn
@@ -131,12 +132,15 @@ class StageSlice:
             held=self,
         )
 
-    def settle(self, old: Iterable[StageSlice]) -> None:
-        """Free what the slices have that this one was cut from and lacks; they run no more."""
-        self.adapters.cover(self._decoder_layers())
+    def settle(self, old: Iterable[StageSlice], later: Sequence[StageSlice] = ()) -> None:
+        """Free what `old` slices have that neither this one nor later ones cut from it have; the
+        old ones run no more."""
+        kept = (self, *later)
+        self.adapters.cover({n: m for slice_ in kept for n, m in slice_._decoder_layers().items()})
+        names = {name for slice_ in kept for name in slice_._modules}
         for slice_ in old:
             slice_.kv = []
-            for name in slice_._modules.keys() - self._modules.keys():
+            for name in slice_._modules.keys() - names:
                 for parameter in slice_._modules[name].parameters():
                     # Modules may hang in cycles, and a collector that was frozen sees none.
                     parameter.data = parameter.data.new_empty(0)

@@ -62,5 +62,5 @@ def _stages_on(target: HttpTarget, node: str) -> list[str]:
 
 def _cut_text(would: dict[str, Any]) -> str:
     if would["cut"] is None:
-        return "no plan fits"
+        return ""
     return ", ".join(f"{device}: {layers} layers" for device, layers in would["cut"].items())
