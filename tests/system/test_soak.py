@@ -34,6 +34,8 @@ NUM_CLIENTS = 8
 NUM_KINDS = 24
 """Different requests; each comes again and again."""
 REQUEST_TIMEOUT_S = 170.0
+MOST_REFUSED_S = 60.0
+"""A client is not turned away for longer: what is lost is made good sooner."""
 MOST_GROWTH_BYTES = 150 * 2**20
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(SECONDS + 600)]
@@ -81,11 +83,12 @@ class Soak:
 
     async def ask(self, client: AsyncMotleyClient, kind: int) -> Any:
         prompt, options = self.request(kind)
+        began_s = time.monotonic()
         while True:
             try:
                 answer = await client.complete(prompt, timeout_s=REQUEST_TIMEOUT_S, **options)
             except (Overloaded, Unreachable) as refused:
-                if refused.retry_after_s is None:
+                if refused.retry_after_s is None or time.monotonic() - began_s > MOST_REFUSED_S:
                     raise
                 await asyncio.sleep(min(refused.retry_after_s, 2.0))
             else:
