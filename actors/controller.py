@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, assert_never
 
-from actors.fleet import Fleet, FleetError, Member
+from actors.fleet import Fleet, FleetError
+from actors.losses import Member
 from actors.moving import MoveReport, move, replace_lane, stand_still
 from actors.wire import Address
 from placement.controller import Controller
@@ -42,7 +43,6 @@ _log = logging.getLogger(__name__)
 _WATCH_S = 0.2
 _JOIN_TIMEOUT_S = 5.0
 _TURN_TIMEOUT_S = 1.0
-_RETRY_S = 1.0
 _MOST_LANE_LOSSES = 5
 _LANE_LOSS_WINDOW_S = 60.0
 """More in so short a time are no accident."""
@@ -86,8 +86,6 @@ class ShellSettings:
 
     window_s: float
     """Between two measurements."""
-    silence_s: float
-    """An actor that leaves a ping unanswered for so long is lost."""
     start_timeout_s: float
 
 
@@ -117,6 +115,8 @@ class ControllerShell:
         self._window_began_s = 0.0
         self._before: Counters | None = None
         self._running: list[int] = []
+        self._missing: dict[str | int, Member] = {}
+        """Lost lanes that have no successor yet, by index."""
         self._lane_losses_s: deque[float] = deque(maxlen=2 * _MOST_LANE_LOSSES)
         self.turn = threading.Lock()
         """Held while the fleet is used; whoever else uses it holds it too."""
@@ -155,7 +155,7 @@ class ControllerShell:
                 self._hooks.on_fatal(f"the controller failed: {error}")
 
     def _take_turn(self) -> None:
-        loss = self._fleet.lost(_WATCH_S, self._settings.silence_s)
+        loss = self._fleet.lost(_WATCH_S)
         if self._stopping.is_set():
             return
         with self.turn:
@@ -170,22 +170,39 @@ class ControllerShell:
             except Empty:
                 pass
             self._handle(Tick(at_s=self._now_s()))
+            for lost in list(self._missing.values()):
+                if not self._stopping.is_set():
+                    self._replace_lane(lost)
             self.state = self.controller.state
 
     def _lose(self, member: Member, reason: str) -> None:
-        _log.error("%s", reason)
-        self._hooks.on_interrupted(reason)
-        self._fleet.bury(member)
+        self._bury(member, reason)
         if member.kind == "lane":
-            self._replace_lane(member, reason)
             return
-        node = self._fleet.devices[str(member.key)].node
-        stand_still(self._fleet)
+        node = self._node_of(member)
         if self._hooks.is_node_alive(node):
             event: Event = DeviceLost(at_s=self._now_s(), device_id=str(member.key), reason=reason)
         else:
             event = NodeLost(at_s=self._now_s(), node=node, reason=reason)
         self._handle(event)
+
+    def _bury(self, member: Member, reason: str) -> None:
+        """Take a lost part out; what it had to do waits."""
+        _log.error("%s", reason)
+        self._hooks.on_interrupted(reason)
+        self._fleet.bury(member)
+        if member.kind == "stage":
+            stand_still(self._fleet)
+            return
+        self._missing[member.key] = member
+        now_s = self._now_s()
+        self._lane_losses_s.append(now_s)
+        recent = [at_s for at_s in self._lane_losses_s if now_s - at_s < _LANE_LOSS_WINDOW_S]
+        if len(recent) > _MOST_LANE_LOSSES:
+            self._stopping.set()
+            self._hooks.on_fatal(
+                f"{reason}; {len(recent)} lanes were lost within {_LANE_LOSS_WINDOW_S:g} s"
+            )
 
     def _bury_node(self, node: str, reason: str) -> None:
         """What is on a lost node may still run, and must not come back."""
@@ -199,16 +216,9 @@ class ControllerShell:
     def _node_of(self, member: Member) -> str:
         return self._fleet.devices[str(member.key)].node
 
-    def _replace_lane(self, lost: Member, reason: str) -> None:
-        """Put another lane in the place of a lost one; the requests go on there."""
-        now_s = self._now_s()
-        self._lane_losses_s.append(now_s)
-        recent = [at_s for at_s in self._lane_losses_s if now_s - at_s < _LANE_LOSS_WINDOW_S]
-        if len(recent) > _MOST_LANE_LOSSES:
-            self._hooks.on_fatal(
-                f"{reason}; {len(recent)} lanes were lost within {_LANE_LOSS_WINDOW_S:g} s"
-            )
-            return
+    def _replace_lane(self, lost: Member) -> None:
+        """Put another lane in the place of a lost one; the requests go on there. Where it does not
+        come up, a part may have died with it: that is found, and this is tried again."""
         try:
             lane = replace_lane(
                 self._fleet,
@@ -217,17 +227,14 @@ class ControllerShell:
                 timeout_s=self._settings.start_timeout_s,
             )
         except FleetError as error:
-            _log.warning("%s could not be replaced: %s", lost.name, error)
-            # A stage may have died with it: that is made good first.
-            loss = self._fleet.lost(_RETRY_S, self._settings.silence_s)
-            if loss is not None:
-                self._lose(loss.member, loss.reason)
-            self._replace_lane(lost, str(error))
+            _log.warning("%s could not be replaced yet: %s", lost.name, error)
             return
+        del self._missing[lost.key]
         assert lane.address is not None
         assert isinstance(lane.key, int)
         self._hooks.on_lane_replaced(lane.key, lane.address)
-        self._hooks.on_resumed()
+        if not self._missing and self._fleet.is_whole:
+            self._hooks.on_resumed()
 
     def _handle(self, event: Event) -> None:
         """Tell the controller, and do what it says until it says no more."""
@@ -272,7 +279,7 @@ class ControllerShell:
                 plan,
                 recompute=is_recovery,
                 timeout_s=settings.start_timeout_s,
-                step_timeout_s=settings.silence_s,
+                step_timeout_s=self._fleet.spec.silence_s,
             )
         except FleetError as error:
             _log.warning("plan %d did not come into force: %s", plan.epoch, error)
@@ -293,13 +300,8 @@ class ControllerShell:
 
     def _dead_stages(self) -> None:
         """Find out at once who is lost, and bury them."""
-        while (loss := self._fleet.lost(0.0, self._settings.silence_s)) is not None:
-            self._hooks.on_interrupted(loss.reason)
-            self._fleet.bury(loss.member)
-            if loss.member.kind == "lane":
-                self._replace_lane(loss.member, loss.reason)
-            else:
-                stand_still(self._fleet)
+        while (loss := self._fleet.lost(0.0)) is not None:
+            self._bury(loss.member, loss.reason)
 
     def _begin_window(self) -> None:
         self._window_began_s, self._before = self._now_s(), self._hooks.counters()

@@ -1,8 +1,8 @@
 """A plan turned into placed actors: the one place where resources, nodes and restarts are chosen.
 
-`deploy` starts every stage and lane on its node, waits until all are ready, and connects them. The
-driver's inbox hears loading progress meanwhile. Nothing is left behind when it fails. `Fleet` knows
-who is there and notices who is lost; `actors.moving` leads it from plan to plan.
+`Fleet.deploy` starts every stage and lane on its node, waits until all are ready, and connects
+them. The driver's inbox hears loading progress meanwhile. The fleet knows who is there and notices
+who is lost; `actors.moving` leads it from plan to plan.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
@@ -25,6 +25,7 @@ from actors.decode import DecodeActor, LaneSpec
 from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.config import EngineConfig
+from actors.losses import Loss, Member, Watches, cause_of, first_line
 from actors.stage import StageActor, StageSpec
 from placement.stages import StagePlacement, StagesPlan
 from placement.topology import Device
@@ -32,7 +33,8 @@ from placement.workload import ModelProfile
 
 _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 10.0
-_PING_EVERY_S = 1.0
+_LOOK_EVERY_S = 0.25
+_NOT_READY = "was not ready in time; raise ray.start_timeout_s, or see `motley doctor`"
 
 
 class FleetError(RuntimeError):
@@ -65,36 +67,12 @@ class FleetSpec:
     monitor: wire.Address
     """The driver's inbox: progress, reports and outputs."""
     keys: wire.WireKeys
-
-
-@dataclass(slots=True, eq=False)
-class Member:
-    """A running stage or lane."""
-
-    kind: Literal["stage", "lane"]
-    key: str | int
-    """A stage's device, a lane's index."""
-    actor: Any
-    life: int = 0
-    address: wire.Address | None = None
-    asked: tuple[Any, float] | None = None
-    """A ping that has not been answered: its reference, and when it was sent."""
-
-    @property
-    def name(self) -> str:
-        return f"lane {self.key}" if self.kind == "lane" else f"the stage on {self.key}"
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """A member that is no more, or hangs."""
-
-    member: Member
-    reason: str
+    silence_s: float
+    """A member that leaves a ping unanswered for so long is lost."""
 
 
 class Fleet:
-    """The running actors of one plan. Use from one thread at a time."""
+    """The running actors of one plan. Use from one thread at a time, but for `stop`."""
 
     def __init__(self, spec: FleetSpec, plan: StagesPlan) -> None:
         self.spec = spec
@@ -109,8 +87,7 @@ class Fleet:
         self._adapters: dict[int, Any] = {}
         """The adapter in use and the newest, by version: their bytes in Ray, for stages that come
         later."""
-        self._watches: dict[Any, Member] = {}
-        self._pinged_s = 0.0
+        self._watches = Watches(spec.silence_s)
         self._is_stopped = False
 
     @property
@@ -120,6 +97,34 @@ class Fleet:
     @property
     def lane_addresses(self) -> dict[int, wire.Address]:
         return {index: _address(lane) for index, lane in self.lanes.items()}
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every stage of the plan in force is there."""
+        return all(placed.device_id in self.stages for placed in self.plan.stages)
+
+    def deploy(self, timeout_s: float) -> None:
+        """Start the plan's actors and connect them; nothing is left behind when it fails.
+
+        Raises:
+            FleetError: An actor failed (its own error is quoted), was not ready in time, or `stop`
+                was called meanwhile.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        plan = self.plan
+        members = [self.start_stage(placed, plan.epoch) for placed in plan.stages]
+        members += [self.start_lane(index) for index in range(self.spec.num_lanes)]
+        self.admit(members, deadline_s)
+        try:
+            self.connect(plan, deadline_s)
+            first = _address(self.stages[plan.stages[0].device_id])
+            lanes = list(self.lanes.values())
+            connected = [lane.actor.connect.remote(first) for lane in lanes]
+            self.wait_for(lanes, connected, deadline_s)
+        except FleetError:
+            self.stop()
+            raise
+        self.watch(members)
 
     def start_stage(self, placed: StagePlacement, epoch: int) -> Member:
         """Start a stage actor; it is one of the fleet when `admit` has seen it ready.
@@ -173,14 +178,14 @@ class Fleet:
         """
         try:
             calls = [member.actor.ready.remote() for member in members]
-            addresses = wait_for(members, calls, deadline_s)
+            addresses = self.wait_for(members, calls, deadline_s)
             stages = [member for member in members if member.kind == "stage"]
             keep = 0
             for version, message in sorted(self._adapters.items()):
                 loads = [
                     stage.actor.load_adapter.remote(version, message, keep) for stage in stages
                 ]
-                wait_for(stages, loads, deadline_s)
+                self.wait_for(stages, loads, deadline_s)
                 keep = version
         except FleetError:
             _end(members)
@@ -203,65 +208,70 @@ class Fleet:
             stage.actor.connect.remote(plan.epoch, address, lanes)
             for stage, address in zip(stages, following, strict=True)
         ]
-        wait_for(stages, calls, deadline_s)
+        self.wait_for(stages, calls, deadline_s)
 
     def watch(self, members: Sequence[Member]) -> None:
         """Notice from now on when these are lost."""
         for member in members:
-            self._watches[member.actor.watch.remote()] = member
+            self._watches.add(member)
 
-    def lost(self, timeout_s: float, silence_s: float) -> Loss | None:
-        """Wait up to `timeout_s` for a member to die, or to leave a ping of `silence_s` ago
-        unanswered; returns who, and why."""
-        if not self._watches or self._is_stopped:
-            time.sleep(timeout_s)
-            return None
-        done, _ = ray.wait(list(self._watches), timeout=timeout_s)
-        for reference in done:
-            member = self._watches.pop(reference, None)
-            if member is None:  # stopped meanwhile
-                return None
-            try:
-                ray.get(reference)
-            except RayTaskError as error:
-                return Loss(member, f"{member.name} is lost: {_cause(error)}")
-            except RayError as error:
-                return Loss(member, f"{member.name} is lost: {_first_line(error)}")
-        return self._silent(silence_s)
+    def lost(self, timeout_s: float) -> Loss | None:
+        """Wait up to `timeout_s` for a member to be lost; returns who, and why."""
+        return self._watches.next_loss(timeout_s)
+
+    def is_known_lost(self, member: Member) -> bool:
+        """Whether `lost` will tell that this member is no more; it is not worth waiting for."""
+        return self._watches.has_noted(member)
+
+    def wait_for(
+        self,
+        members: Sequence[Member],
+        references: Sequence[Any],
+        deadline_s: float,
+        late: str = _NOT_READY,
+    ) -> list[Any]:
+        """Return the results of a call to each member; the first failure is raised at once.
+
+        So is the loss of any other member: what waits here could wait for it until the deadline.
+
+        Raises:
+            FleetError: Names the member that failed, is lost, or did not answer in time.
+        """
+        pending = dict(zip(references, members, strict=True))
+        while pending:
+            left_s = max(0.0, deadline_s - time.monotonic())
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=min(left_s, _LOOK_EVERY_S))
+            if not done and left_s <= _LOOK_EVERY_S:
+                raise FleetError(f"{next(iter(pending.values())).name} {late}")
+            for reference in done:
+                member = pending.pop(reference)
+                try:
+                    ray.get(reference)
+                except RayError as error:
+                    raise FleetError(f"{member.name}: {cause_of(error)}") from error
+            self._check_open()
+            if not done and (loss := self._watches.look()) is not None:
+                raise FleetError(loss.reason)
+        results: list[Any] = ray.get(list(references))
+        return results
 
     def _check_open(self) -> None:
         if self._is_stopped:
             raise FleetError("the fleet is stopped")
-
-    def _silent(self, silence_s: float) -> Loss | None:
-        now_s = time.monotonic()
-        if now_s - self._pinged_s < _PING_EVERY_S:
-            return None
-        self._pinged_s = now_s
-        for member in self._watches.values():
-            if member.asked is not None:
-                reference, sent_s = member.asked
-                answered, _ = ray.wait([reference], timeout=0)
-                if not answered and now_s - sent_s > silence_s:
-                    return Loss(member, f"{member.name} is lost: it hung for {silence_s:g} s")
-                if not answered:
-                    continue
-            member.asked = member.actor.ping.remote(), now_s
-        return None
 
     def bury(self, member: Member) -> None:
         """Take a lost member out, and make sure that it does not come back."""
         group: dict[Any, Member] = self.stages if member.kind == "stage" else self.lanes
         if group.get(member.key) is member:
             del group[member.key]
-        self._watches = {ref: other for ref, other in self._watches.items() if other is not member}
+        self._watches.drop(member)
         ray.kill(member.actor)
         if member.address is not None:
             remove_folder(member.address)
 
     def retire(self, member: Member) -> None:
         """Stop a member that is not needed any more."""
-        self._watches = {ref: other for ref, other in self._watches.items() if other is not member}
+        self._watches.drop(member)
         ray.wait([member.actor.stop.remote()], timeout=_STOP_TIMEOUT_S)
         self.bury(member)
 
@@ -276,45 +286,22 @@ class Fleet:
         try:
             message = ray.put(np.frombuffer(adapter.encode(), np.uint8))
         except RayError as error:
-            raise FleetError(f"Ray cannot hold the adapter: {_first_line(error)}") from error
+            raise FleetError(f"Ray cannot hold the adapter: {first_line(error)}") from error
         stages = list(self.stages.values())
         calls = [stage.actor.load_adapter.remote(version, message, keep) for stage in stages]
         late = f"had not loaded the adapter within {timeout_s:g} s; raise ray.start_timeout_s"
-        wait_for(stages, calls, time.monotonic() + timeout_s, late)
+        self.wait_for(stages, calls, time.monotonic() + timeout_s, late)
         kept = {old: self._adapters[old] for old in {keep} & self._adapters.keys()}
         self._adapters = kept | {version: message}
 
     def stop(self) -> None:
         """Stop every actor: politely first, then for certain."""
         self._is_stopped = True
-        self._watches.clear()
+        self._watches.stop()
         members = self.members
         _end(members)
         for member in members:
             self.bury(member)
-
-
-def deploy(spec: FleetSpec, plan: StagesPlan, *, timeout_s: float) -> Fleet:
-    """Start the plan's actors and connect them.
-
-    Raises:
-        FleetError: An actor failed (its own error is quoted) or was not ready in time.
-    """
-    deadline_s = time.monotonic() + timeout_s
-    fleet = Fleet(spec, plan)
-    members = [fleet.start_stage(placed, plan.epoch) for placed in plan.stages]
-    members += [fleet.start_lane(index) for index in range(spec.num_lanes)]
-    fleet.admit(members, deadline_s)
-    try:
-        fleet.connect(plan, deadline_s)
-        first = _address(fleet.stages[plan.stages[0].device_id])
-        lanes = list(fleet.lanes.values())
-        wait_for(lanes, [lane.actor.connect.remote(first) for lane in lanes], deadline_s)
-    except FleetError:
-        fleet.stop()
-        raise
-    fleet.watch(fleet.members)
-    return fleet
 
 
 def _end(members: Sequence[Member]) -> None:
@@ -349,51 +336,3 @@ def remove_folder(address: wire.Address) -> None:
     if address.machine == wire.machine_id():
         folder = Path(address.ipc.removeprefix("ipc://")).parent
         shutil.rmtree(folder, ignore_errors=True)
-
-
-_NOT_READY = "was not ready in time; raise ray.start_timeout_s, or see `motley doctor`"
-
-
-def wait_for(
-    members: Sequence[Member],
-    references: Sequence[Any],
-    deadline_s: float,
-    late: str = _NOT_READY,
-) -> list[Any]:
-    """Return the results of a call to each member; the first failure is raised at once.
-
-    Raises:
-        FleetError: Names the member that failed, or did not answer until the deadline.
-    """
-    pending = dict(zip(references, members, strict=True))
-    while pending:
-        left_s = max(0.0, deadline_s - time.monotonic())
-        done, _ = ray.wait(list(pending), num_returns=1, timeout=left_s)
-        if not done:
-            raise FleetError(f"{next(iter(pending.values())).name} {late}")
-        for reference in done:
-            member = pending.pop(reference)
-            try:
-                ray.get(reference)
-            except (RayError, GetTimeoutError) as error:
-                raise FleetError(f"{member.name}: {_cause(error)}") from error
-    results: list[Any] = ray.get(list(references))
-    return results
-
-
-def _cause(error: BaseException) -> str:
-    cause = getattr(error, "cause", None)
-    return str(cause) if cause is not None else _last_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _last_line(error: BaseException) -> str:
-    """The original error's own sentence, without its class (Ray quotes the whole traceback)."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    name, _, sentence = lines[-1].partition(": ")
-    return sentence if sentence and name.replace(".", "").isidentifier() else lines[-1]

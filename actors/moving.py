@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from actors.fleet import Fleet, FleetError, Member, wait_for
+import ray
+from ray.exceptions import RayError
+
+from actors.fleet import Fleet, FleetError
+from actors.losses import Member, cause_of
 from placement.moving.transit import tight_devices
 from placement.stages import StagesPlan
 
@@ -79,7 +83,7 @@ def move(
         if recompute:
             everyone = list(fleet.stages.values())
             calls = [stage.actor.fence.remote(plan.epoch) for stage in everyone]
-            wait_for(everyone, calls, time.monotonic() + step_timeout_s, _LATE)
+            fleet.wait_for(everyone, calls, time.monotonic() + step_timeout_s, _LATE)
         kv_bytes, pause_s = 0, 0.0
         for lane in fleet.lanes.values():
             switched.append(lane)
@@ -100,9 +104,8 @@ def move(
 
 def stand_still(fleet: Fleet) -> None:
     """Hold all lanes, whose steps have no answer: a stage is lost. `move` lets them go on."""
-    lanes = list(fleet.lanes.values())
-    calls = [lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True) for lane in lanes]
-    _best_effort(lanes, calls, time.monotonic() + _UNDO_TIMEOUT_S)
+    lanes = [lane for lane in fleet.lanes.values() if not fleet.is_known_lost(lane)]
+    _best_effort(lanes, _hold, _UNDO_TIMEOUT_S)
 
 
 def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s: float) -> Member:
@@ -119,10 +122,10 @@ def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s:
     fleet.admit([lane], deadline_s)
     first = None
     try:
-        if all(placed.device_id in fleet.stages for placed in fleet.plan.stages):
+        if fleet.is_whole:
             fleet.connect(fleet.plan, deadline_s)
             first = fleet.stages[fleet.plan.stages[0].device_id].address
-        wait_for([lane], [lane.actor.connect.remote(first)], deadline_s)
+        fleet.wait_for([lane], [lane.actor.connect.remote(first)], deadline_s)
     except FleetError:
         fleet.bury(lane)
         raise
@@ -148,8 +151,8 @@ def _let_go(fleet: Fleet, plan: StagesPlan, tight: Sequence[str], deadline_s: fl
                 fleet.retire(member)
                 continue
             kept = member.actor.prepare.remote(plan.epoch, first, end)
-            wait_for([member], [kept], deadline_s)
-            wait_for([member], [member.actor.retire.remote(plan.epoch)], deadline_s)
+            fleet.wait_for([member], [kept], deadline_s)
+            fleet.wait_for([member], [member.actor.retire.remote(plan.epoch)], deadline_s)
     except FleetError:
         _bury(fleet, tight)
         raise
@@ -174,7 +177,7 @@ def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float, tight: Sequence[str
     try:
         if new:
             fleet.admit(new, deadline_s)
-        wait_for(members, calls, deadline_s)
+        fleet.wait_for(members, calls, deadline_s)
     except FleetError:
         _undo(fleet, plan, [], new, is_fenced=bool(tight))
         _bury(fleet, tight)
@@ -188,13 +191,13 @@ def _switch(
     """Take one lane over to the new epoch; returns (bytes of KV moved, seconds it stood still)."""
     deadline_s = time.monotonic() + step_timeout_s
     held = lane.actor.hold.remote(step_timeout_s, forget_step=recompute)
-    [blocks] = wait_for([lane], [held], deadline_s, _LATE)
+    [blocks] = fleet.wait_for([lane], [held], deadline_s, _LATE)
     kv_bytes = 0
     if blocks and not recompute:
         kv_bytes = _copy_kv(fleet, plan, lane, blocks, deadline_s)
     first = fleet.stages[plan.stages[0].device_id].address
     going = lane.actor.go_on.remote(plan.epoch, first, recompute)
-    [pause_s] = wait_for([lane], [going], deadline_s, _LATE)
+    [pause_s] = fleet.wait_for([lane], [going], deadline_s, _LATE)
     return kv_bytes, pause_s
 
 
@@ -214,7 +217,7 @@ def _copy_kv(
         puts.append(target.actor.put_kv.remote(plan.epoch, lane.key, layers, blocks, taken))
         tokens = len(blocks) * fleet.spec.limits.block_tokens
         kv_bytes += sum(layer_bytes[layer].kv_bytes_per_token * tokens for layer in layers)
-    wait_for(targets, puts, deadline_s, _LATE)
+    fleet.wait_for(targets, puts, deadline_s, _LATE)
     return kv_bytes
 
 
@@ -248,25 +251,35 @@ def _undo(
     is_fenced: bool,
 ) -> None:
     """Go back to the plan before, as far as its members are alive; the dead are found anyway."""
-    deadline_s = time.monotonic() + _UNDO_TIMEOUT_S
+    lanes = [lane for lane in switched if not fleet.is_known_lost(lane)]
     # First of all: a step of the new epoch that met no route for it would fail its requests.
-    holds = [lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True) for lane in switched]
-    _best_effort(switched, holds, deadline_s)
-    stages = [member for member in fleet.stages.values() if member not in new]
-    _best_effort(stages, [stage.actor.forget.remote(plan.epoch) for stage in stages], deadline_s)
+    _best_effort(lanes, _hold, _UNDO_TIMEOUT_S)
+    others = [member for member in fleet.stages.values() if member not in new]
+    alive = [member for member in others if not fleet.is_known_lost(member)]
+    _best_effort(alive, lambda stage: stage.actor.forget.remote(plan.epoch), _UNDO_TIMEOUT_S)
     for member in new:
         fleet.bury(member)
-    first = fleet.stages.get(fleet.plan.stages[0].device_id)
-    if is_fenced or first is None:
+    old = fleet.plan
+    first = fleet.stages.get(old.stages[0].device_id)
+    if is_fenced or first is None or len(alive) < len(others):
         return  # a loss is to be acted upon: the next plan takes the lanes up
-    goings = [lane.actor.go_on.remote(fleet.plan.epoch, first.address, True) for lane in switched]
-    _best_effort(switched, goings, time.monotonic() + _UNDO_TIMEOUT_S)
+    at = first.address
+    _best_effort(lanes, lambda lane: lane.actor.go_on.remote(old.epoch, at, True), _UNDO_TIMEOUT_S)
 
 
-def _best_effort(members: Sequence[Member], calls: Sequence[Any], deadline_s: float) -> None:
-    """Wait for each, whatever becomes of the others."""
-    for member, call in zip(members, calls, strict=True):
+def _hold(lane: Member) -> Any:
+    """For good: steps that are under way have no answer."""
+    return lane.actor.hold.remote(_UNDO_TIMEOUT_S, forget_step=True)
+
+
+def _best_effort(
+    members: Sequence[Member], call: Callable[[Member], Any], timeout_s: float
+) -> None:
+    """Call each and wait for it, whatever becomes of the others."""
+    calls = [call(member) for member in members]
+    deadline_s = time.monotonic() + timeout_s
+    for member, reference in zip(members, calls, strict=True):
         try:
-            wait_for([member], [call], deadline_s, _LATE)
-        except FleetError as error:
-            _log.warning("while lanes were held: %s", error)
+            ray.get(reference, timeout=max(0.0, deadline_s - time.monotonic()))
+        except RayError as error:
+            _log.warning("while lanes were held: %s: %s", member.name, cause_of(error))

@@ -21,7 +21,7 @@ from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.checkpoint import Checkpoint, CheckpointError
 from actors.engine.lora import check_fits
-from actors.fleet import Fleet, FleetError, FleetSpec, deploy
+from actors.fleet import Fleet, FleetError, FleetSpec
 from cluster.backend import ModelInfo, PublishFailed
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
@@ -82,24 +82,33 @@ async def _run(config: MotleyConfig, on_event: OnEvent) -> None:
     loop = asyncio.get_running_loop()
     for number in STOP_SIGNALS:
         loop.add_signal_handler(number, stopping.set)
-    launching = asyncio.create_task(_until_stopped(config, on_event, stopping))
-    interrupted = asyncio.create_task(stopping.wait())
-    await asyncio.wait((launching, interrupted), return_when=asyncio.FIRST_COMPLETED)
-    interrupted.cancel()
-    await launching
+    await _until_stopped(config, on_event, stopping)
     on_event(Stopped("signal"))
 
 
 async def _until_stopped(config: MotleyConfig, on_event: OnEvent, stopping: asyncio.Event) -> None:
-    async with deployment(config, on_event):
-        await stopping.wait()
+    try:
+        async with deployment(config, on_event, stopping):
+            await stopping.wait()
+    except Interrupted:
+        _log.info("stopped before the stages had loaded")
+
+
+class Interrupted(Exception):
+    """It was told to stop before it served."""
 
 
 @asynccontextmanager
 async def deployment(
-    config: MotleyConfig, on_event: OnEvent = lambda _: None
+    config: MotleyConfig,
+    on_event: OnEvent = lambda _: None,
+    stopping: asyncio.Event | None = None,
 ) -> AsyncIterator[Deployment]:
-    """Bring a deployment up in this process; leaving the block takes it down."""
+    """Bring a deployment up in this process; leaving the block takes it down.
+
+    Raises:
+        Interrupted: `stopping` was set while the stages loaded.
+    """
     started_s = time.monotonic()
     token = _token(config)
     audit = open_audit(config.gateway, config.served_name)
@@ -152,9 +161,11 @@ async def deployment(
             tokenizer_json=tokenizer.to_json(),
             monitor=monitor,
             keys=dispatcher.keys,
+            silence_s=config.controller.silence_timeout_s,
         )
-        fleet = await _deploy(spec, plan, config.ray.start_timeout_s, dispatcher, on_event)
+        fleet = Fleet(spec, plan)
         fleets.push_async_callback(asyncio.to_thread, fleet.stop)
+        await _deploy(fleet, config.ray.start_timeout_s, dispatcher, on_event, stopping)
         supervisor = Supervisor(config, profile, topology, plan, fleet, dispatcher)
         host = _FleetAdapters(checkpoint, fleet, config.ray.start_timeout_s, supervisor.fleet_turn)
         await dispatcher.connect(fleet.lane_addresses, host, adapter)
@@ -205,22 +216,26 @@ def lane_limits(config: MotleyConfig, checkpoint: Checkpoint, plan: StagesPlan) 
 
 
 async def _deploy(
-    spec: FleetSpec,
-    plan: StagesPlan,
+    fleet: Fleet,
     timeout_s: float,
     dispatcher: Dispatcher,
     on_event: OnEvent,
-) -> Fleet:
+    stopping: asyncio.Event | None,
+) -> None:
     """Deploy in a thread while telling how far each stage has loaded."""
-    deploying = asyncio.create_task(asyncio.to_thread(deploy, spec, plan, timeout_s=timeout_s))
+    deploying = asyncio.create_task(asyncio.to_thread(fleet.deploy, timeout_s))
     told: dict[int, float] = {}
     while not deploying.done():
         await asyncio.wait((deploying,), timeout=_PROGRESS_EVERY_S)
+        if stopping is not None and stopping.is_set():
+            await asyncio.to_thread(fleet.stop)
+            await asyncio.gather(deploying, return_exceptions=True)
+            raise Interrupted
         for stage in (await dispatcher.status()).stages:
             if stage.loaded_fraction > told.get(stage.index, -1.0):
                 told[stage.index] = stage.loaded_fraction
                 on_event(StageProgress(stage.index, stage.device, stage.loaded_fraction))
-    return await deploying
+    await deploying
 
 
 async def _until_serving(dispatcher: Dispatcher) -> None:

@@ -109,7 +109,6 @@ class Supervisor:
             ),
             ShellSettings(
                 window_s=settings.window_s,
-                silence_s=settings.silence_timeout_s,
                 start_timeout_s=config.ray.start_timeout_s,
             ),
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -134,6 +136,25 @@ async def test_a_move_that_fails_leaves_the_plan_before_in_force(served: Served)
 
     await under_load(served, fail, expected, temperature=0.0)
     assert fleet.plan.epoch == 0
+    served.wait_until_idle()
+
+
+async def test_a_stage_that_hangs_while_others_load_ends_the_move_at_once(served: Served) -> None:
+    """Nothing that loads would wait for it otherwise but the deadline of starting."""
+    expected = texts(await ask_all(served, temperature=0.0))
+    fleet = served.running.fleet
+    hung = fleet.stages["cpu1"]
+    plan = replace(plan_for(served, (2, 2, 2, 2)), epoch=100)
+
+    def fail() -> None:
+        pid = ray.get(hung.actor.__ray_call__.remote(lambda _: os.getpid()))
+        with served.running.supervisor.fleet_turn:
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(FleetError, match="the stage on cpu1 is lost: it hung"):
+                move(fleet, plan, recompute=False, timeout_s=DEADLINE_S, step_timeout_s=DEADLINE_S)
+
+    await under_load(served, fail, expected, temperature=0.0)
+    assert hung not in fleet.members
     served.wait_until_idle()
 
 

@@ -15,7 +15,7 @@ import pytest
 import ray
 from leftovers import nothing_left_behind
 
-from actors.fleet import Member
+from actors.losses import Member
 from cluster.backend import DeploymentStatus
 from cluster.client import AsyncMotleyClient, Completion, Unreachable
 from cluster.controller_log import controller_log_file, read_log
@@ -117,6 +117,23 @@ async def test_requests_go_on_with_the_same_tokens(
     assert lost not in served.running.fleet.members
     status = await asyncio.to_thread(served.wait_until, lambda status: status.ready)
     assert status.epoch == (1 if name.startswith("stage") else 0)
+    served.wait_until_idle()
+
+
+async def test_a_lane_lost_together_with_a_stage(served: Served) -> None:
+    expected = texts(await ask_all(served, temperature=0.0))
+    calls = asyncio.create_task(ask_all(served, temperature=0.0))
+    await asyncio.to_thread(served.wait_until, all_run)
+    lost = [member_of(served, name) for name in ("lane 0", "stage cpu1", "stage cpu2")]
+
+    for pid in [await asyncio.to_thread(pid_of, member) for member in lost]:
+        os.kill(pid, signal.SIGKILL)
+    async with asyncio.timeout(DEADLINE_S):
+        actual = texts(await calls)
+
+    assert actual == expected
+    assert not set(lost) & set(served.running.fleet.members)
+    await asyncio.to_thread(served.wait_until, lambda status: status.ready)
     served.wait_until_idle()
 
 

@@ -21,7 +21,8 @@ import pytest
 import ray
 from leftovers import nothing_left_behind
 
-from actors.fleet import FleetError, Member
+from actors.fleet import FleetError
+from actors.losses import Member
 from cluster.client import AsyncMotleyClient, Overloaded, Unreachable
 from cluster.config import MotleyConfig
 from tests.local_ray.conftest import Served, serving
@@ -71,6 +72,8 @@ class Soak:
         self.expected: dict[int, Any] = {}
         self.faults: Counter[str] = Counter()
         self.num_done = 0
+        self.longest_s = 0.0
+        """That a request took."""
         self.end_s = 0.0
 
     def request(self, kind: int) -> tuple[str, dict[str, Any]]:
@@ -99,8 +102,10 @@ class Soak:
         async with self.connected() as client:
             while time.monotonic() < self.end_s:
                 kind = draws.randrange(NUM_KINDS)
+                began_s = time.monotonic()
                 assert await self.ask(client, kind) == self.expected[kind], f"request {kind}"
                 self.num_done += 1
+                self.longest_s = max(self.longest_s, time.monotonic() - began_s)
 
     def connected(self) -> AsyncMotleyClient:
         running = self._served.running
@@ -193,7 +198,10 @@ async def soak(it: Soak) -> None:
             tasks.create_task(it.client(number))
         tasks.create_task(it.break_things())
     grown_bytes = resident_bytes() - before_bytes
-    told = f"seed {SEED}: {it.num_done} requests, {dict(it.faults)}, {grown_bytes} bytes more"
+    told = (
+        f"seed {SEED}: {it.num_done} requests, the longest {it.longest_s:.0f} s, "
+        f"{dict(it.faults)}, {grown_bytes} bytes more"
+    )
     logging.getLogger(__name__).warning(told)
     assert it.num_done > NUM_CLIENTS, told
     assert grown_bytes < MOST_GROWTH_BYTES, told
