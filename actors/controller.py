@@ -17,7 +17,14 @@ from typing import Any, assert_never
 
 from actors.fleet import Fleet, FleetError
 from actors.losses import Member
-from actors.moving import MoveReport, move, replace_lane, stand_still
+from actors.moving import (
+    MoveReport,
+    StandingStillError,
+    add_lane,
+    move,
+    retire_lane,
+    stand_still,
+)
 from actors.wire import Address
 from placement.controller import Controller
 from placement.stages import StagesPlan
@@ -29,6 +36,7 @@ from placement.steering.values import (
     DeviceLost,
     Event,
     Halt,
+    LanesChanged,
     MoveDone,
     MoveFailed,
     MoveLayers,
@@ -71,7 +79,10 @@ class Hooks:
     on_interrupted: Callable[[str], None]
     """A part is lost; what is in flight waits."""
     on_plan: Callable[[StagesPlan, MoveReport], None]
-    on_lane_replaced: Callable[[int, Address], None]
+    on_lane: Callable[[int, Address], None]
+    """A lane, by its index, is there: a new one, or one in the place of a lost one."""
+    on_lane_retired: Callable[[int], None]
+    """A lane is about to stop."""
     on_resumed: Callable[[], None]
     on_halt: Callable[[str], None]
     on_entry: Callable[[LogEntry], None]
@@ -115,8 +126,8 @@ class ControllerShell:
         self._window_began_s = 0.0
         self._before: Counters | None = None
         self._running: list[int] = []
-        self._missing: dict[str | int, Member] = {}
-        """Lost lanes that have no successor yet, by index."""
+        self._missing: set[int] = set()
+        """Lost lanes that have no successor yet."""
         self._lane_losses_s: deque[float] = deque(maxlen=2 * _MOST_LANE_LOSSES)
         self.turn = threading.Lock()
         """Held while the fleet is used; whoever else uses it holds it too."""
@@ -170,9 +181,8 @@ class ControllerShell:
             except Empty:
                 pass
             self._handle(Tick(at_s=self._now_s()))
-            for lost in list(self._missing.values()):
-                if not self._stopping.is_set():
-                    self._replace_lane(lost)
+            for index in sorted(self._missing):
+                self._replace_lane(index)
             self.state = self.controller.state
 
     def _lose(self, member: Member, reason: str) -> None:
@@ -194,7 +204,8 @@ class ControllerShell:
         if member.kind == "stage":
             stand_still(self._fleet)
             return
-        self._missing[member.key] = member
+        assert isinstance(member.key, int)
+        self._missing.add(member.key)
         now_s = self._now_s()
         self._lane_losses_s.append(now_s)
         recent = [at_s for at_s in self._lane_losses_s if now_s - at_s < _LANE_LOSS_WINDOW_S]
@@ -216,23 +227,28 @@ class ControllerShell:
     def _node_of(self, member: Member) -> str:
         return self._fleet.devices[str(member.key)].node
 
-    def _replace_lane(self, lost: Member) -> None:
-        """Put another lane in the place of a lost one; the requests go on there. Where it does not
-        come up, a part may have died with it: that is found, and this is tried again."""
+    def _add_lane(self, index: int) -> bool:
+        """Returns whether it came up."""
         try:
-            lane = replace_lane(
+            lane = add_lane(
                 self._fleet,
-                lost,
+                index,
                 adapter_version=self._hooks.adapter_version(),
                 timeout_s=self._settings.start_timeout_s,
             )
         except FleetError as error:
-            _log.warning("%s could not be replaced yet: %s", lost.name, error)
-            return
-        del self._missing[lost.key]
+            _log.warning("lane %d did not come up: %s", index, error)
+            return False
         assert lane.address is not None
-        assert isinstance(lane.key, int)
-        self._hooks.on_lane_replaced(lane.key, lane.address)
+        self._hooks.on_lane(index, lane.address)
+        return True
+
+    def _replace_lane(self, index: int) -> None:
+        """Put another lane in the place of a lost one; the requests go on there. Where it does not
+        come up, a part may have died with it: that is found, and this is tried again."""
+        if self._stopping.is_set() or not self._add_lane(index):
+            return
+        self._missing.discard(index)
         if not self._missing and self._fleet.is_whole:
             self._hooks.on_resumed()
 
@@ -257,27 +273,50 @@ class ControllerShell:
     def _obey(self, command: Command) -> Event | None:
         match command:
             case Deploy(plan=plan):
-                return self._move(plan, is_recovery=True)
-            case MoveLayers(plan=plan, is_recovery=is_recovery):
-                return self._move(plan, is_recovery=is_recovery)
+                return self._move(plan, recompute=True)
+            case MoveLayers(plan=plan, recompute_kv=recompute_kv):
+                return self._move(plan, recompute=recompute_kv)
             case Halt(reason=reason):
                 self._hooks.on_halt(reason)
             case ReleaseNode(node=node):
                 _log.info("node %s holds nothing any more", node)
             case ChangeLanes(num_lanes=num_lanes):
-                _log.warning("the number of lanes stays; %d were asked for", num_lanes)
+                return self._change_lanes(num_lanes)
             case _:
                 assert_never(command)
         return None
 
-    def _move(self, plan: StagesPlan, *, is_recovery: bool) -> Event:
+    def _change_lanes(self, num_lanes: int) -> LanesChanged:
+        """Add lanes, or retire the last ones, whose requests go on elsewhere; says how many there
+        are then."""
+        lanes = self._fleet.lanes
+        for index in range(num_lanes):
+            if index not in lanes and index not in self._missing and not self._add_lane(index):
+                break
+        for index in sorted(lanes.keys() | self._missing, reverse=True):
+            if index < num_lanes:
+                break
+            self._hooks.on_lane_retired(index)
+            self._missing.discard(index)
+            if index in lanes:
+                self._retire_lane(lanes[index])
+        return LanesChanged(at_s=self._now_s(), num_lanes=len(lanes) + len(self._missing))
+
+    def _retire_lane(self, lane: Member) -> None:
+        try:
+            retire_lane(self._fleet, lane, timeout_s=self._fleet.spec.silence_s)
+        except FleetError as error:
+            # Whoever did not hear of it is lost or will be; what it sends there goes nowhere.
+            _log.warning("%s is retired, but: %s", lane.name, error)
+
+    def _move(self, plan: StagesPlan, *, recompute: bool) -> Event:
         """Carry a move out; returns what came of it."""
         settings = self._settings
         try:
             report = move(
                 self._fleet,
                 plan,
-                recompute=is_recovery,
+                recompute=recompute,
                 timeout_s=settings.start_timeout_s,
                 step_timeout_s=self._fleet.spec.silence_s,
             )
@@ -287,7 +326,11 @@ class ControllerShell:
             held = {stage.device_id for stage in self._fleet.plan.stages}
             lost = tuple(sorted(held - self._fleet.stages.keys()))
             return MoveFailed(
-                at_s=self._now_s(), epoch=plan.epoch, reason=str(error), lost_device_ids=lost
+                at_s=self._now_s(),
+                epoch=plan.epoch,
+                reason=str(error),
+                lost_device_ids=lost,
+                stands_still=isinstance(error, StandingStillError),
             )
         self._hooks.on_plan(plan, report)
         self._begin_window()

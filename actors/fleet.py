@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class FleetSpec:
     engine: EngineConfig
     limits: LaneLimits
     num_lanes: int
+    """At first."""
+    max_lanes: int
+    """For which stages keep KV."""
     tokenizer_json: str
     monitor: wire.Address
     """The driver's inbox: progress, reports and outputs."""
@@ -87,6 +91,8 @@ class Fleet:
         self._adapters: dict[int, Any] = {}
         """The adapter in use and the newest, by version: their bytes in Ray, for stages that come
         later."""
+        self._lives: Counter[int] = Counter()
+        """Of every lane, by index: how often it was started."""
         self._watches = Watches(spec.silence_s)
         self._is_stopped = False
 
@@ -143,7 +149,7 @@ class Fleet:
             device=device,
             profile=spec.profile,
             num_kv_blocks=spec.limits.num_blocks,
-            num_lanes=spec.num_lanes,
+            num_lanes=spec.max_lanes,
             engine=spec.engine,
             epoch=epoch,
             host=host.address,
@@ -152,9 +158,11 @@ class Fleet:
         actor = StageActor.options(**options).remote(stage, spec.keys, spec.monitor)
         return Member("stage", device.id, actor)
 
-    def start_lane(self, index: int, *, life: int = 0, adapter_version: int = 0) -> Member:
+    def start_lane(self, index: int, *, adapter_version: int = 0) -> Member:
         """Start a lane actor; see `start_stage`."""
         self._check_open()
+        life = self._lives[index]
+        self._lives[index] += 1
         spec = self.spec
         host = self.hosts[spec.lane_node]
         lane = LaneSpec(

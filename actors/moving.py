@@ -28,6 +28,10 @@ _UNDO_TIMEOUT_S = 10.0
 _LATE = "did not answer in time"
 
 
+class StandingStillError(FleetError):
+    """A move failed when the plan before could not come back: the lanes wait for another."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MoveReport:
     """What a move cost."""
@@ -59,13 +63,14 @@ def move(
         step_timeout_s: For a step to come back.
 
     Raises:
+        StandingStillError: It could not be done, and no plan is in force.
         FleetError: It could not be done. The plan before is in force where its stages are alive;
             those that had let go of layers are not.
     """
     began_s = time.monotonic()
     deadline_s = began_s + timeout_s
     limits = fleet.spec.limits
-    kv_tokens = limits.num_blocks * limits.block_tokens * fleet.spec.num_lanes
+    kv_tokens = limits.num_blocks * limits.block_tokens * fleet.spec.max_lanes
     tight = [
         device_id
         for device_id in tight_devices(fleet.plan, plan, fleet.spec.profile, kv_tokens=kv_tokens)
@@ -89,9 +94,11 @@ def move(
             switched.append(lane)
             lane_bytes, lane_s = _switch(fleet, plan, lane, recompute, step_timeout_s)
             kv_bytes, pause_s = kv_bytes + lane_bytes, max(pause_s, lane_s)
-    except FleetError:
-        _undo(fleet, plan, switched, new, is_fenced=recompute)
+    except FleetError as error:
+        goes_on = _undo(fleet, plan, switched, new, is_fenced=recompute)
         _bury(fleet, tight)
+        if not goes_on:
+            raise StandingStillError(str(error)) from error
         raise
     fleet.plan = plan
     _retire(fleet, plan)
@@ -108,17 +115,16 @@ def stand_still(fleet: Fleet) -> None:
     _best_effort(lanes, _hold, _UNDO_TIMEOUT_S)
 
 
-def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s: float) -> Member:
-    """Start a lane in the place of a lost one, and connect it.
+def add_lane(fleet: Fleet, index: int, *, adapter_version: int, timeout_s: float) -> Member:
+    """Start a lane, also in the place of a lost one, and connect it.
 
-    Where a stage of the plan is lost too, it stands still until `move` lets it go on.
+    Where a stage of the plan is lost, it stands still until `move` lets it go on.
 
     Raises:
         FleetError: It did not come up; nothing of it is left.
     """
     deadline_s = time.monotonic() + timeout_s
-    assert isinstance(lost.key, int)
-    lane = fleet.start_lane(lost.key, life=lost.life + 1, adapter_version=adapter_version)
+    lane = fleet.start_lane(index, adapter_version=adapter_version)
     fleet.admit([lane], deadline_s)
     first = None
     try:
@@ -131,6 +137,17 @@ def replace_lane(fleet: Fleet, lost: Member, *, adapter_version: int, timeout_s:
         raise
     fleet.watch([lane])
     return lane
+
+
+def retire_lane(fleet: Fleet, lane: Member, *, timeout_s: float) -> None:
+    """Stop a lane, of which nothing is wanted any more.
+
+    Raises:
+        FleetError: A stage did not hear of it; the lane is gone.
+    """
+    fleet.retire(lane)
+    if fleet.is_whole:
+        fleet.connect(fleet.plan, time.monotonic() + timeout_s)
 
 
 def _let_go(fleet: Fleet, plan: StagesPlan, tight: Sequence[str], deadline_s: float) -> None:
@@ -249,8 +266,12 @@ def _undo(
     new: Sequence[Member],
     *,
     is_fenced: bool,
-) -> None:
-    """Go back to the plan before, as far as its members are alive; the dead are found anyway."""
+) -> bool:
+    """Go back to the plan before, as far as its members are alive; the dead are found anyway.
+
+    Returns whether the lanes go on. Behind a fence they do not: what may still be on its way from
+    them would be written over what they compute again.
+    """
     lanes = [lane for lane in switched if not fleet.is_known_lost(lane)]
     # First of all: a step of the new epoch that met no route for it would fail its requests.
     _best_effort(lanes, _hold, _UNDO_TIMEOUT_S)
@@ -262,9 +283,10 @@ def _undo(
     old = fleet.plan
     first = fleet.stages.get(old.stages[0].device_id)
     if is_fenced or first is None or len(alive) < len(others):
-        return  # a loss is to be acted upon: the next plan takes the lanes up
+        return False
     at = first.address
     _best_effort(lanes, lambda lane: lane.actor.go_on.remote(old.epoch, at, True), _UNDO_TIMEOUT_S)
+    return True
 
 
 def _hold(lane: Member) -> Any:

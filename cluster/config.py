@@ -107,6 +107,9 @@ class PlanSettings(_Settings):
 
     lanes: int = Field(2, ge=1, le=64)
     """Batches in flight; with fewer lanes than stages some stage always waits."""
+    max_lanes: int | None = Field(None, ge=1, le=64)
+    """The controller may serve with up to so many, each with its own share of the KV memory from
+    the start; None: `lanes` stays."""
     sequences_per_lane: int = Field(8, ge=1)
     context_tokens: int = Field(512, ge=1)
     """Tokens of one sequence, prompt and output."""
@@ -114,6 +117,16 @@ class PlanSettings(_Settings):
     """Share of each device's memory that the plan leaves alone; allocators fragment."""
     layer_counts: tuple[int, ...] | None = None
     """Force the cut: one layer count per device, 0 leaves it out."""
+
+    @property
+    def most_lanes(self) -> int:
+        return self.lanes if self.max_lanes is None else self.max_lanes
+
+    @model_validator(mode="after")
+    def _check_lanes(self) -> PlanSettings:
+        if self.most_lanes < self.lanes:
+            raise ValueError(f"max_lanes ({self.max_lanes}) must be at least lanes ({self.lanes})")
+        return self
 
 
 class RaySettings(_Settings):

@@ -32,7 +32,13 @@ class ControllerConfig(BaseModel):
     """How long requests wait when nothing that is left can hold the model."""
 
     def settings(
-        self, objective: Objective, device_order: DeviceOrder, headroom_fraction: float
+        self,
+        objective: Objective,
+        device_order: DeviceOrder,
+        headroom_fraction: float,
+        *,
+        max_lanes: int | None,
+        block_tokens: int,
     ) -> ControllerSettings:
         """Return what the controller is made with."""
         return ControllerSettings(
@@ -45,5 +51,7 @@ class ControllerConfig(BaseModel):
             cool_down_s=self.cool_down_s,
             keep_fraction=self.keep_fraction,
             half_step=self.half_step,
+            max_lanes=max_lanes,
+            block_tokens=block_tokens,
             trial_window_s=2 * self.window_s,
         )

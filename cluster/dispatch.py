@@ -24,7 +24,6 @@ from actors.engine.requests import Request, RequestError, RequestOutput
 from cluster.backend import (
     AdapterStatus,
     DeploymentStatus,
-    LaneStatus,
     ModelInfo,
     Overloaded,
     Published,
@@ -36,7 +35,8 @@ from cluster.backend import (
 from cluster.heard import take_message
 from cluster.in_flight import InFlight
 from cluster.publishing import AdapterHost, Publisher
-from placement.stages import StagePlacement, StagesPlan
+from cluster.reports import Reports
+from placement.stages import StagesPlan
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.5
@@ -70,12 +70,9 @@ class Dispatcher:
         self._streams: dict[str, InFlight] = {}
         self._by_lane_id: dict[str, InFlight] = {}
         self._next_lane_id = 0
-        self._stage_reports: dict[str, Mapping[str, Any]] = {}
-        """By device."""
-        self._lane_reports: dict[int, Mapping[str, Any]] = {}
+        self._reports = Reports(self._loop.time)
         self._lane_reported = asyncio.Event()
         self._publisher: Publisher | None = None
-        self._heard_s: dict[str, float] = {}
         self._adapter_version = 0
         """What lanes were told last to use."""
         self._steering: Steering | None = None
@@ -120,8 +117,8 @@ class Dispatcher:
         """What was lost is made good."""
         self._interruption = ""
 
-    def replace_lane(self, index: int, address: wire.Address) -> None:
-        """Another lane took the place of a lost one: what that one had to do goes on there.
+    def use_lane(self, index: int, address: wire.Address) -> None:
+        """A lane is there, maybe in the place of a lost one: what that had to do goes on there.
 
         Raises:
             WireError: It takes nothing.
@@ -129,17 +126,42 @@ class Dispatcher:
         if index in self._lanes:
             self._lanes[index].close()
         lane = self._lanes[index] = wire.Outbox(address, self.keys)
-        self._lane_reports.pop(index, None)  # what the lost one said of itself
+        self._reports.forget_lane(index)  # what the lost one said of itself
         lane.send([wire.ADAPTER, msgpack.packb(self._adapter_version)])
-        for lane_id, stream in list(self._by_lane_id.items()):
-            if stream.lane != index or not stream.open_choices:
-                continue
-            # Under another name: what the lost lane sent last may still be on its way.
-            del self._by_lane_id[lane_id]
-            stream.lane_id = self._new_lane_id()
-            self._by_lane_id[stream.lane_id] = stream
-            rest = stream.rest(self._loop.time())
-            lane.send([wire.REQUEST, msgpack.packb(rest.to_wire())])
+        for stream in self._open_streams(index):
+            self._resend(stream, index)
+
+    def drop_lane(self, index: int) -> None:
+        """A lane is about to stop: what it had to do goes on with the others."""
+        if index not in self._lanes:
+            return
+        self._lanes.pop(index).close()
+        self._reports.forget_lane(index)
+        for stream in self._open_streams(index):
+            self._resend(stream, self._least_busy())
+
+    def _open_streams(self, lane: int) -> list[InFlight]:
+        streams = self._by_lane_id.values()
+        return [stream for stream in streams if stream.lane == lane and stream.open_choices]
+
+    def _resend(self, stream: InFlight, lane: int) -> None:
+        # Under another name: what the lane before sent last may still be on its way.
+        del self._by_lane_id[stream.lane_id]
+        stream.lane, stream.lane_id = lane, self._new_lane_id()
+        self._by_lane_id[stream.lane_id] = stream
+        rest = stream.rest(self._loop.time())
+        self._lanes[lane].send([wire.REQUEST, msgpack.packb(rest.to_wire())])
+
+    def _outstanding(self) -> dict[int, int]:
+        """Return how many choices every lane has still to work on."""
+        outstanding = dict.fromkeys(self._lanes, 0)
+        for stream in self._streams.values():
+            outstanding[stream.lane] = outstanding.get(stream.lane, 0) + stream.open_choices
+        return outstanding
+
+    def _least_busy(self) -> int:
+        outstanding = self._outstanding()
+        return min(self._lanes, key=lambda index: (outstanding[index], index))
 
     def refuse(self, reason: str) -> None:
         """Take nothing more for now; what is in flight waits."""
@@ -233,7 +255,7 @@ class Dispatcher:
         return True
 
     async def status(self) -> DeploymentStatus:
-        stages = tuple(self._stage_status(placed) for placed in self._plan.stages)
+        stages = self._stages()
         inactive = [stage for stage in stages if not stage.active]
         reason = ""
         if self._unavailable is not None:
@@ -248,19 +270,19 @@ class Dispatcher:
             progress=sum(stage.loaded_fraction for stage in stages) / len(stages),
             epoch=self._plan.epoch,
             stages=stages,
-            lanes=tuple(self._lane_status(i) for i in sorted(self._lane_reports)),
-            link_bytes=self._link_bytes(),
+            lanes=self._reports.lane_statuses(),
+            link_bytes=self._reports.link_bytes([s.device_id for s in self._plan.stages]),
             adapter=self.adapter(),
             controller=None if self._steering is None else self._steering.status(),
         )
 
     def lane_reports(self) -> dict[int, Mapping[str, Any]]:
         """The lanes' latest raw counters."""
-        return dict(self._lane_reports)
+        return dict(self._reports.lanes)
 
     def stage_reports(self) -> dict[str, Mapping[str, Any]]:
         """The stages' latest raw counters, by device."""
-        return dict(self._stage_reports)
+        return dict(self._reports.stages)
 
     def _admit(self, request: Request) -> InFlight:
         """Choose a lane and send the request, or say why not; nothing is held when it raises."""
@@ -282,14 +304,12 @@ class Dispatcher:
                 "it or raise engine.max_waiting",
                 "n",
             )
-        outstanding = dict.fromkeys(self._lanes, 0)
-        for stream in self._streams.values():
-            outstanding[stream.lane] += stream.open_choices
-        lane = min(outstanding, key=lambda i: (outstanding[i], i))
+        lane = self._least_busy()
+        num_queued = self._outstanding()[lane]
         most = self._limits.max_running + self._limits.max_waiting
-        if outstanding[lane] + request.n > most:
+        if num_queued + request.n > most:
             raise Overloaded(
-                f"{outstanding[lane]} choices are queued on the least busy lane, {most} fit; "
+                f"{num_queued} choices are queued on the least busy lane, {most} fit; "
                 "retry later or raise engine.max_waiting",
                 1.0,
             )
@@ -309,7 +329,9 @@ class Dispatcher:
         return str(self._next_lane_id)
 
     def _abort(self, stream: InFlight) -> None:
-        self._lanes[stream.lane].send([wire.ABORT, msgpack.packb(stream.lane_id)])
+        lane = self._lanes.get(stream.lane)
+        if lane is not None:  # or it has retired, and nothing of this request was left to do
+            lane.send([wire.ABORT, msgpack.packb(stream.lane_id)])
 
     async def _switch(self, version: int) -> float:
         """Make every lane use a version of an adapter, or, when one does not, none of them.
@@ -331,7 +353,7 @@ class Dispatcher:
                 f"lanes {lagging} did not switch within {limit_s:g} s; version {before} is in use "
                 "again. Raise engine.step_timeout_s if a step takes longer"
             ) from None
-        return max(float(report["adapter_switch_s"]) for report in self._lane_reports.values())
+        return max(float(report["adapter_switch_s"]) for report in self._reports.lanes.values())
 
     def _tell_lanes(self, version: int) -> None:
         self._adapter_version = version
@@ -345,7 +367,7 @@ class Dispatcher:
         """The lanes that do not say yet that they use a version; raises when none ever will."""
         if self.lost.is_set():
             raise PublishFailed(f"the deployment is lost: {self._unavailable}")
-        used = {i: report["adapter_version"] for i, report in self._lane_reports.items()}
+        used = {i: report["adapter_version"] for i, report in self._reports.lanes.items()}
         return [i for i in self._lanes if used.get(i) != version]
 
     @staticmethod
@@ -381,55 +403,17 @@ class Dispatcher:
                 if stream is not None:
                     stream.arrived(output)
         elif kind == wire.REPORT:
-            if "stage" in value:
-                self._stage_reports[value["stage"]] = value
-                self._heard_s[value["stage"]] = self._loop.time()
-                if all(self._stage_status(placed).active for placed in self._plan.stages):
-                    self.serving.set()
-            else:
-                self._lane_reports[value["lane"]] = value
+            if "lane" in value and self._lanes and value["lane"] not in self._lanes:
+                return  # the last words of one that was retired
+            self._reports.take(value)
+            if "lane" in value:
                 self._lane_reported.set()
+            elif all(stage.active for stage in self._stages()):
+                self.serving.set()
 
-    def _stage_status(self, placed: StagePlacement) -> StageStatus:
-        report = self._stage_reports.get(placed.device_id, {})
-        return StageStatus(
-            index=placed.index,
-            device=placed.device_id,
-            node=placed.node,
-            first_layer=placed.first_layer,
-            end_layer=placed.end_layer,
-            active=bool(report.get("active", False)) and self._is_heard(placed.device_id),
-            loaded_fraction=report.get("loaded_fraction", 0.0),
-            busy_s=report.get("busy_s", 0.0),
-            steps=report.get("steps", 0),
-            late_s=report.get("late_s", 0.0),
-            link_bytes=report.get("link_bytes", 0),
-        )
-
-    def _lane_status(self, index: int) -> LaneStatus:
-        report = self._lane_reports[index]
-        names = ("running", "waiting", "blocks_in_use", "num_blocks", "preemptions")
-        return LaneStatus(
-            index=index,
-            prefix_hit_tokens=report["prefix_hit_tokens"],
-            **{name: report[name] for name in names},
-        )
-
-    def _is_heard(self, device_id: str) -> bool:
-        """Whether a stage reported lately. It does so between steps, so a long step is silence too;
-        once something is lost there are no more steps to wait for."""
-        silent_s = self._loop.time() - self._heard_s.get(device_id, 0.0)
-        return silent_s < (self._silence_s if self._unavailable is None else _LOST_SILENCE_S)
-
-    def _link_bytes(self) -> dict[str, int]:
-        """Bytes over each link: lanes to the first stage, stage to stage, last stage to lanes."""
-        devices = [stage.device_id for stage in self._plan.stages]
-        links = {
-            f"lane-{i}->{devices[0]}": report["link_bytes"]
-            for i, report in sorted(self._lane_reports.items())
-        }
-        for index, device in enumerate(devices):
-            target = devices[index + 1] if index + 1 < len(devices) else "lanes"
-            sent = self._stage_reports.get(device, {}).get("link_bytes", 0)
-            links[f"{device}->{target}"] = sent
-        return links
+    def _stages(self) -> tuple[StageStatus, ...]:
+        """A stage reports between steps, so a long step is silence too; once something is lost
+        there are no more steps to wait for."""
+        silence_s = self._silence_s if self._unavailable is None else _LOST_SILENCE_S
+        placed = self._plan.stages
+        return tuple(self._reports.stage_status(stage, silence_s=silence_s) for stage in placed)

@@ -158,6 +158,7 @@ async def deployment(
             engine=config.engine,
             limits=limits,
             num_lanes=config.plan.lanes,
+            max_lanes=config.plan.most_lanes,
             tokenizer_json=tokenizer.to_json(),
             monitor=monitor,
             keys=dispatcher.keys,
@@ -202,7 +203,7 @@ def lane_limits(config: MotleyConfig, checkpoint: Checkpoint, plan: StagesPlan) 
     max_tokens = min(engine.max_model_tokens or declared, declared)
     size = engine.kv_block_tokens
     usable = -(-max_tokens // size) * engine.max_running
-    fitting = plan.kv_tokens_capacity // (config.plan.lanes * size)
+    fitting = plan.kv_tokens_capacity // (config.plan.most_lanes * size)
     return LaneLimits(
         num_blocks=engine.num_kv_blocks or max(2, min(usable, fitting)),
         block_tokens=size,

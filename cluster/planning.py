@@ -97,7 +97,7 @@ def serving_workload(config: MotleyConfig) -> ServingWorkload:
         lanes=plan.lanes,
         sequences_per_lane=plan.sequences_per_lane,
         context_tokens_per_sequence=plan.context_tokens,
-        kv_tokens=plan.lanes * blocks_per_lane * engine.kv_block_tokens,
+        kv_tokens=plan.most_lanes * blocks_per_lane * engine.kv_block_tokens,
         step_tokens=engine.max_step_tokens,
     )
 

@@ -37,6 +37,8 @@ class _Named:
     error: BaseException | None = None
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     num_listeners: int = 0
+    num_charged: int = 0
+    """Output tokens that its client has paid for."""
     running: asyncio.Task[None] | None = None
     giving_up: asyncio.TimerHandle | None = None
 
@@ -89,6 +91,21 @@ class Resuming:
         async with aclosing(self._listen(named)) as outputs:
             async for output in outputs:
                 yield output
+
+    def is_known(self, request_id: str, owner: str) -> bool:
+        """Whether a client's request of this name would be joined, not begun."""
+        named = self._named.get(request_id)
+        return named is not None and named.owner == owner
+
+    def num_to_charge(self, request_id: str, num_heard: int) -> int:
+        """How many of the tokens that a listener has heard so far are to be paid for now: nobody
+        pays for those that were heard before."""
+        named = self._named.get(request_id)
+        if named is None:
+            return 0
+        num_new = max(0, num_heard - named.num_charged)
+        named.num_charged += num_new
+        return num_new
 
     def owner(self, request_id: str) -> str | None:
         """Whose request runs under a name; None: nobody's."""

@@ -81,7 +81,13 @@ class Supervisor:
             profile=profile,
             topology=topology,
             workload=serving_workload(config),
-            settings=settings.settings(config.plan.objective, order, config.plan.headroom_fraction),
+            settings=settings.settings(
+                config.plan.objective,
+                order,
+                config.plan.headroom_fraction,
+                max_lanes=config.plan.max_lanes,
+                block_tokens=config.engine.kv_block_tokens,
+            ),
             in_force=plan,
         )
         controller = Controller(
@@ -101,7 +107,8 @@ class Supervisor:
                 is_node_alive=self._is_node_alive,
                 on_interrupted=partial(self._say, dispatcher.interrupted),
                 on_plan=self._on_plan,
-                on_lane_replaced=self._on_lane_replaced,
+                on_lane=partial(self._say, self._use_lane),
+                on_lane_retired=partial(self._say, dispatcher.drop_lane),
                 on_resumed=partial(self._say, dispatcher.resumed),
                 on_halt=partial(self._say, self._halt),
                 on_entry=self._log.write,
@@ -188,12 +195,9 @@ class Supervisor:
         self._dispatcher.use_plan(plan)
         self._dispatcher.accept()
 
-    def _on_lane_replaced(self, index: int, address: Address) -> None:
-        self._say(self._replace_lane, index, address)
-
-    def _replace_lane(self, index: int, address: Address) -> None:
+    def _use_lane(self, index: int, address: Address) -> None:
         try:
-            self._dispatcher.replace_lane(index, address)
+            self._dispatcher.use_lane(index, address)
         except WireError as error:
             self._dispatcher.fail(str(error))
 

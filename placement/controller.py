@@ -39,6 +39,7 @@ from placement.steering.values import (
     DrainCancelled,
     DrainRequested,
     Event,
+    LanesChanged,
     LinkMeasured,
     MoveDone,
     MoveFailed,
@@ -86,6 +87,7 @@ class Controller:
         self._windows: deque[StagesMeasured] = deque(maxlen=self._settings.confirm_windows)
         """The last ones of the plan in force."""
         self._num_lanes = workload.lanes
+        self._has_fitted_lanes = False
         self._now_s = 0.0
         self._why_not = ""
         self._lose({d for d in devices_of(in_force) if not self._fleet.has_device(d)})
@@ -132,7 +134,10 @@ class Controller:
         self._now_s = max(self._now_s, event.at_s)
         commands = [*self._expire(), *self._take_in(event), *self._mend()]
         if isinstance(event, StagesMeasured | PlanRequested):
-            commands += self._improve(is_requested=isinstance(event, PlanRequested))
+            is_requested = isinstance(event, PlanRequested)
+            commands += self._improve(is_requested=is_requested)
+            if not commands and (is_requested or not self._has_fitted_lanes):
+                commands += self._fit_lanes()
         return commands + self._release()
 
     def what_if(self) -> tuple[StagesPlan | None, str]:
@@ -165,6 +170,8 @@ class Controller:
                 return self._move_done(event)
             case MoveFailed():
                 self._move_failed(event)
+            case LanesChanged():
+                self._num_lanes = event.num_lanes
             case PlanRequested() | Tick():
                 pass
             case _:
@@ -220,7 +227,9 @@ class Controller:
         return []
 
     def _move_failed(self, event: MoveFailed) -> None:
-        failed = self._standing.fail(event.epoch, event.reason, self._now_s)
+        failed = self._standing.fail(
+            event.epoch, event.reason, self._now_s, stands_still=event.stands_still
+        )
         if failed is None:
             return
         self._back_off(failed, event.reason)
@@ -297,12 +306,12 @@ class Controller:
     def _fit_lanes(self) -> list[Command]:
         """Ask for another number of lanes, once the plan in force is there to stay."""
         plan, topology = self._standing.in_force, self._fleet.topology(self._fleet.present())
-        if plan is None or self._standing.lost or topology is None:
+        if plan is None or self._standing.needs_mending() or topology is None:
             return []
+        self._has_fitted_lanes = True
         num_lanes, reason = self._targets.num_lanes(plan, topology, self._num_lanes)
         if num_lanes == self._num_lanes:
             return []
-        self._num_lanes = num_lanes
         self._windows.clear()
         return [ChangeLanes(num_lanes=num_lanes, reason=reason)]
 
@@ -403,6 +412,7 @@ class Controller:
             slowness=self._fleet.factors(),
             is_recovery=is_recovery,
             is_roll_back=is_roll_back,
+            recompute_kv=is_recovery or self._options.recomputes_kv(plan, self._running),
             proposal=proposal,
             before=before if before is not None and before.tokens_per_s > 0 else None,
         )

@@ -243,23 +243,29 @@ class GatewayService:
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Run the request; closing this generator aborts it on the backend at once."""
         caller = current_caller()
-        num_unheard = 0
-        if self._resuming is not None:
-            num_unheard = self._resuming.num_unheard(caller.name, besides=request.id)
+        resuming = self._resuming
+        num_unheard, num_prompt = 0, len(request.prompt)
+        if resuming is not None:
+            num_unheard = resuming.num_unheard(caller.name, besides=request.id)
+            if request.is_named and resuming.is_known(request.id, caller.name):
+                num_prompt = 0  # paid for when it came first
         with ExitStack() as held:
             with self.metrics.counting_refusals():
-                place = caller.prompt(
-                    len(request.prompt), self._monotonic_s, num_unheard=num_unheard
-                )
+                place = caller.prompt(num_prompt, self._monotonic_s, num_unheard=num_unheard)
                 usage = held.enter_context(place)
                 key = self._admit(request, caller.name)
             held.callback(self._leave, key)
             outputs = self._outputs(request, caller.name)
+            num_heard = 0
             try:
                 async with aclosing(self._watched(request, outputs)) as watched:
                     async for output in watched:
+                        num_heard += len(output.tokens)
                         if usage is not None:
-                            usage.generated(len(output.tokens), self._monotonic_s())
+                            num_new = len(output.tokens)
+                            if request.is_named and resuming is not None:
+                                num_new = resuming.num_to_charge(request.id, num_heard)
+                            usage.generated(num_new, self._monotonic_s())
                         yield output
             finally:
                 await _close(outputs)

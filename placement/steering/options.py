@@ -81,6 +81,14 @@ class Options:
             now, topology, running=running, may_halve=len(changed) == 1 and changed[0] > 0
         )
 
+    def recomputes_kv(self, plan: StagesPlan, running: float) -> bool:
+        """Whether the KV of what runs is computed again on the way from the plan in force."""
+        in_force = self._standing.in_force
+        topology = self._fleet.topology(self._fleet.present())
+        if in_force is None or topology is None:
+            return False
+        return self._targets.recomputes_kv(in_force, plan, topology, running)
+
     def why_leave(self, topology: Topology, now_s: float) -> str:
         """Say why the cut in force cannot be on these devices."""
         usable = {device.id for device in topology.devices}

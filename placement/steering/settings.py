@@ -37,8 +37,6 @@ class ControllerSettings:
     slowdown_fraction: float = 0.1
     """Share of serving that background copies cost."""
     copy_terms: CopyTerms = field(default_factory=lambda: CopyTerms(switch_s=0.02))
-    recompute_tokens_per_s: float | None = None
-    """Rate at which KV can be computed again; None: not, a move must ship it."""
 
     trial_window_s: float = 4.0
     """Seconds measured after a move, at comparable load, before it is judged."""
@@ -70,7 +68,8 @@ class ControllerSettings:
     device_loss_window_s: float = 60.0
 
     max_lanes: int | None = None
-    """Most lanes to ask for; None: the number of lanes never changes."""
+    """Most lanes to ask for; None: the number of lanes never changes. What number suits is looked
+    at with the first window, when a move has come to stay, and on request."""
     block_tokens: int = 16
     """Tokens of a KV block, to work out how many lanes fit."""
 

@@ -48,7 +48,7 @@ class Standing:
         """Devices whose stage of the plan in force is lost."""
         self.pending: Pending | None = None
         self.is_unsure = False
-        """A move had no answer, so what is in force may not be what is thought."""
+        """A move had no answer, or ended half-way: what is in force may not be what is thought."""
         self.roll_back_to: Cut | None = None
         """What a roll-back that failed was to bring back."""
         self.halt_reason = ""
@@ -79,7 +79,7 @@ class Standing:
             return f"stages were lost on {', '.join(sorted(self.lost))}"
         if self.roll_back_to is not None:
             return "the cut before has to come back, and its move failed"
-        return "a move had no answer" if self.is_unsure else ""
+        return "a move ended half-way, or had no answer" if self.is_unsure else ""
 
     def lose(self, device_ids: Collection[str], now_s: float, *, at_once: bool) -> frozenset[str]:
         """Note lost stages; returns those that count. Not at once: the wait of a retry comes first.
@@ -113,6 +113,7 @@ class Standing:
         slowness: Mapping[str, float],
         is_recovery: bool = False,
         is_roll_back: bool = False,
+        recompute_kv: bool = False,
         proposal: Proposal | None = None,
         before: Load | None = None,
     ) -> Command:
@@ -150,6 +151,7 @@ class Standing:
             reason=reason,
             is_recovery=is_recovery,
             is_roll_back=is_roll_back,
+            recompute_kv=recompute_kv,
         )
 
     def halt(self, reason: str) -> list[Command]:
@@ -174,8 +176,11 @@ class Standing:
         self.records.end(event.epoch, "done", pause_s=event.pause_s, moved_bytes=event.moved_bytes)
         return pending
 
-    def fail(self, epoch: int, reason: str, now_s: float) -> Pending | None:
-        """Stay with what is in force; None: the answer is of another epoch.
+    def fail(
+        self, epoch: int, reason: str, now_s: float, *, stands_still: bool = False
+    ) -> Pending | None:
+        """Stay with what is in force, or where nothing is, bring it back; None: the answer is of
+        another epoch.
 
         A move that was needed is tried again after a wait.
         """
@@ -186,6 +191,7 @@ class Standing:
         self.records.end(epoch, "failed", verdict=reason)
         if pending.is_roll_back:
             self.roll_back_to = cut_of(pending.plan)
+        self.is_unsure = self.is_unsure or stands_still
         if pending.proposal is None:
             self.wait_to_retry(now_s)
         return pending

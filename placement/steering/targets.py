@@ -109,7 +109,9 @@ class Targets:
             self._priced[key] = self._price(cut, topology)
         return self._priced[key]
 
-    def _price(self, cut: Cut, topology: Topology) -> StagesPlan | None:
+    def _price(
+        self, cut: Cut, topology: Topology, workload: ServingWorkload | None = None
+    ) -> StagesPlan | None:
         by_id = {device.id: device for device in topology.devices}
         if any(device_id not in by_id for device_id, _, _ in cut):
             return None
@@ -118,7 +120,7 @@ class Targets:
             plan = plan_stages(
                 self._profile,
                 replace(topology, devices=devices),
-                workload=self._workload,
+                workload=workload or self._workload,
                 headroom_fraction=self._settings.headroom_fraction,
                 objective=self._settings.objective,
                 layer_counts=[end - first for _, first, end in cut],
@@ -237,7 +239,7 @@ class Targets:
             kv=KvState(
                 tokens_in_use=min(tokens, workload.kv_tokens),
                 reserved_tokens=workload.kv_tokens,
-                recompute_tokens_per_s=settings.recompute_tokens_per_s,
+                recompute_tokens_per_s=self._replay_tokens_per_s(new, topology),
             ),
             outlook=Outlook(
                 old_step_s=old_step_s,
@@ -250,6 +252,24 @@ class Targets:
             activation_bytes=max(stage.activation_bytes for stage in (*old.stages, *new.stages)),
             interchangeable=(),
         )
+
+    def recomputes_kv(
+        self, old: StagesPlan, new: StagesPlan, topology: Topology, running: float
+    ) -> bool:
+        """Whether it is quicker to compute `running` sequences again than to ship their KV."""
+        if running <= 0:
+            return False
+        try:
+            return self._way(old, new, topology, running).kv_bytes == 0
+        except InfeasiblePlanError:
+            return False
+
+    def _replay_tokens_per_s(self, plan: StagesPlan, topology: Topology) -> float | None:
+        """Return the rate at which full steps of prompt tokens pass the stages of a plan."""
+        rows = self._workload.step_tokens
+        full = replace(self._workload, sequences_per_lane=rows)
+        priced = self._price(cut_of(plan), topology, full)
+        return None if priced is None else rows / priced.period_s
 
     def _half_way(
         self, now: StagesPlan, target: StagesPlan, topology: Topology

@@ -185,6 +185,16 @@ class MoveFailed(_Plain):
     reason: str
     lost_device_ids: tuple[str, ...] = ()
     """Their stages died, as by `DeviceLost`."""
+    stands_still: bool = False
+    """Nor is the one before: the lanes wait for another."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LanesChanged(_Plain):
+    """As many lanes serve now (after `ChangeLanes`)."""
+
+    at_s: float
+    num_lanes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -205,6 +215,7 @@ Event = (
     | DrainCancelled
     | MoveDone
     | MoveFailed
+    | LanesChanged
     | Tick
 )
 
@@ -231,6 +242,9 @@ class MoveLayers(_Plain):
     reason: str
     is_recovery: bool
     is_roll_back: bool
+    recompute_kv: bool
+    """Sequences in flight are computed again, not their KV shipped: it is lost, or that is quicker.
+    """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

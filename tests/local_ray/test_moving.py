@@ -20,6 +20,7 @@ from cluster.client import AsyncMotleyClient, Completion
 from cluster.planning import serving_workload
 from placement.moving.transit import tight_devices
 from placement.stages import StagesPlan, plan_stages
+from placement.steering.values import LanesChanged
 from placement.topology import Topology
 from tests.local_ray.conftest import Served, make_config, serving
 
@@ -156,6 +157,37 @@ async def test_a_stage_that_hangs_while_others_load_ends_the_move_at_once(served
     await under_load(served, fail, expected, temperature=0.0)
     assert hung not in fleet.members
     served.wait_until_idle()
+
+
+async def test_lanes_come_and_go_while_requests_are_in_flight(
+    ray_session: None, checkpoints: Path
+) -> None:
+    """Three stages want three lanes, which the first measurement says; then two retire."""
+    config = make_config(
+        checkpoints / MODEL,
+        (4, 2, 2),
+        plan={"lanes": 1, "max_lanes": 3},
+        engine={"num_kv_blocks": 256, "step_timeout_s": 60.0},
+    )
+    with nothing_left_behind(), serving(config) as served:
+        expected = texts(await ask_all(served, temperature=0.9))
+        await under_load(
+            served,
+            lambda: served.wait_until(lambda status: len(status.lanes) == 3),
+            expected,
+            temperature=0.9,
+        )
+        shell = served.running.supervisor._shell
+
+        def retire() -> LanesChanged:
+            with served.running.supervisor.fleet_turn:
+                return shell._change_lanes(1)
+
+        changed = await under_load(served, retire, expected, temperature=0.9)
+        assert changed.num_lanes == 1
+        await asyncio.to_thread(served.wait_until, lambda status: len(status.lanes) == 1)
+        assert served.running.supervisor.status().phase == "idle"
+        served.wait_until_idle()
 
 
 async def test_where_memory_is_short_layers_are_let_go_of_first(

@@ -20,11 +20,13 @@ from placement.steering.settings import ControllerSettings
 from placement.steering.speeds import slowed
 from placement.steering.targets import Cut, cut_of
 from placement.steering.values import (
+    ChangeLanes,
     Command,
     Deploy,
     DeviceLost,
     Event,
     Halt,
+    LanesChanged,
     LinkMeasured,
     MoveDone,
     MoveFailed,
@@ -203,6 +205,10 @@ class SimulatedFleet:
         elif isinstance(command, ReleaseNode):
             assert command.node not in self.holding_nodes()
             self.released.add(command.node)
+        elif isinstance(command, ChangeLanes):
+            assert self.settings.max_lanes is not None
+            assert 1 <= command.num_lanes <= self.settings.max_lanes
+            self._tell(LanesChanged(at_s=self.now_s, num_lanes=command.num_lanes))
 
     def _work(self) -> None:
         ready = [task for task in self._tasks if task.done_s <= self.now_s]
@@ -214,9 +220,14 @@ class SimulatedFleet:
             away = {s.device_id for s in plan.stages if not self.is_there(s.device_id)}
             if away:
                 lost = tuple(sorted(away))
-                self._answer(
-                    MoveFailed(at_s=self.now_s, epoch=epoch, reason="gone", lost_device_ids=lost)
+                failed = MoveFailed(
+                    at_s=self.now_s,
+                    epoch=epoch,
+                    reason="gone",
+                    lost_device_ids=lost,
+                    stands_still=epoch % 2 == 0,
                 )
+                self._answer(failed)
                 continue
             self.plan, self.dead = plan, set()
             self._answer(MoveDone(at_s=self.now_s, epoch=epoch, pause_s=0.05, moved_bytes=1))

@@ -31,6 +31,7 @@ from placement.steering.values import (
     DrainRequested,
     Event,
     Halt,
+    LanesChanged,
     MoveDone,
     MoveFailed,
     MoveLayers,
@@ -44,7 +45,7 @@ from placement.steering.values import (
     command_from_json,
     event_from_json,
 )
-from placement.topology import Device, Link, Topology
+from placement.topology import Device, Link, LinkRate, Topology
 
 
 def fleet(*device_ids: str, **options: Any) -> SimulatedFleet:
@@ -661,8 +662,66 @@ def test_lanes_follow_the_stages_where_allowed() -> None:
     assert isinstance(command, ChangeLanes)
     assert command.num_lanes == 4
     assert "; 2 give" in command.reason
+    assert steered.state.num_lanes == 2, "it is not known whether they came up"
+    assert steered.handle(LanesChanged(at_s=1.5, num_lanes=4)) == []
     assert steered.state.num_lanes == 4
     assert feed(steered, *(window(float(t)) for t in range(2, 20, 2))) == []
+
+
+def test_the_first_window_and_a_request_look_at_the_lanes_too() -> None:
+    settings = ControllerSettings(max_lanes=8, block_tokens=1)
+    workload = replace(WORKLOAD, lanes=2, sequences_per_lane=4, step_tokens=8)
+    devices = [replace(toy_device(each, memory_bytes=3000), flops_per_s=10.0) for each in "abcd"]
+    topology = Topology(devices=tuple(devices))
+    in_force = replace(plan_stages(toy_model(), topology, workload=workload), epoch=1)
+    steered = Controller(toy_model(), topology, workload, settings, in_force)
+
+    [first] = steered.handle(window(2.0))
+    assert isinstance(first, ChangeLanes)
+    assert first.num_lanes == 4
+    # They did not come up: not asked for in every window, but when somebody asks.
+    assert steered.handle(LanesChanged(at_s=2.5, num_lanes=2)) == []
+    assert feed(steered, *(window(float(t)) for t in range(4, 20, 2))) == []
+    assert steered.handle(PlanRequested(at_s=21.0)) == [first]
+
+
+# A move that leaves nothing in force.
+
+
+def test_a_move_that_ends_half_way_is_made_good_at_once() -> None:
+    steered = controller(toy_device("a"), toy_device("b"), toy_device("c"))
+    slow = {"a": 1.0, "b": 2.0, "c": 1.0}
+    moved(feed(steered, *(window(float(t), slowness=slow) for t in (2, 4, 6))))
+
+    failed = MoveFailed(at_s=7.0, epoch=2, reason="too late", stands_still=True)
+    command = moved(steered.handle(failed))
+
+    assert command.epoch == 3
+    assert command.is_recovery
+    assert command.recompute_kv
+
+
+# Ship KV, or compute it again.
+
+
+@pytest.mark.parametrize(("bytes_per_s", "recomputes"), [(1e2, True), (1e9, False)])
+def test_kv_is_computed_again_where_shipping_it_takes_longer(
+    bytes_per_s: float, recomputes: bool
+) -> None:
+    workload = replace(WORKLOAD, context_tokens_per_sequence=50, kv_tokens=400, step_tokens=64)
+    topology = Topology(
+        devices=tuple(toy_device(each) for each in "abc"),
+        default_link=LinkRate(bandwidth_bytes_per_s=bytes_per_s, latency_s=1e-5),
+    )
+    in_force = replace(plan_stages(toy_model(), topology, workload=workload), epoch=1)
+    steered = Controller(toy_model(), topology, workload, ControllerSettings(), in_force)
+    for at_s in (2, 4, 6):
+        assert steered.handle(window(float(at_s))) == []
+
+    command = moved(steered.handle(DrainRequested(at_s=7.0, node="c")))
+
+    assert not command.is_recovery
+    assert command.recompute_kv is recomputes
 
 
 # Values.

@@ -100,6 +100,21 @@ async def test_a_request_that_comes_again_joins_the_one_that_runs(
     await resuming.close()
 
 
+async def test_tokens_that_are_heard_again_are_not_paid_for_again(
+    opened: Callable[..., Resuming],
+) -> None:
+    it = opened(Backend())
+    assert not it.is_known("mine", "alice")
+    outputs = [output async for output in it.generate(named(), "alice")]
+    assert it.is_known("mine", "alice")
+    assert not it.is_known("mine", "bob")
+
+    heard = range(1, len(outputs) + 1)
+    assert [it.num_to_charge("mine", number) for number in heard] == [1] * len(TOKENS)
+    assert [it.num_to_charge("mine", number) for number in heard] == [0] * len(TOKENS)
+    await it.close()
+
+
 @pytest.mark.parametrize(("request_", "owner"), [(named(n=2), "alice"), (named(), "bob")])
 async def test_a_name_belongs_to_one_request_of_one_client(
     request_: Request, owner: str, opened: Callable[..., Resuming]
