@@ -38,25 +38,30 @@ NODE_RESOURCE = "motley-node:"
 """A Ray resource of this prefix names its node, where addresses are not known beforehand."""
 
 
-def find_hosts() -> dict[str, Host]:
-    """Return the live nodes under every name a configuration may use for them."""
+def find_hosts(*, may_grow: bool = False) -> dict[str, Host]:
+    """Return the live nodes under every name a configuration may use for them; see
+    `hosts_by_name`."""
     own_id = ray.get_runtime_context().get_node_id()
-    return hosts_by_name(_live_nodes(), own_id, socket.gethostname())
+    return hosts_by_name(_live_nodes(), own_id, socket.gethostname(), may_grow=may_grow)
 
 
 def hosts_by_name(
-    nodes: Sequence[Mapping[str, Any]], own_id: str, own_host_name: str
+    nodes: Sequence[Mapping[str, Any]],
+    own_id: str,
+    own_host_name: str,
+    *,
+    may_grow: bool = False,
 ) -> dict[str, Host]:
     """Return nodes (as Ray lists them) by name; a name that several have names none of them.
 
     A node's names are its address, its host name, its Ray node name, its Ray node id, and NAME for
     each resource `motley-node:NAME` that it offers. "local" is the node of `own_id`. On a cluster
-    of one node everything stays on loopback.
+    of one node everything stays on loopback, unless it may grow.
     """
     hosts: dict[str, Host] = {}
     taken = Counter(name for node in nodes for name in _names(node))
     for node in nodes:
-        address = node["NodeManagerAddress"] if len(nodes) > 1 else "127.0.0.1"
+        address = node["NodeManagerAddress"] if len(nodes) > 1 or may_grow else "127.0.0.1"
         host = Host(ray_node_id=node["NodeID"], address=address)
         names = {name for name in _names(node) if taken[name] == 1}
         if node["NodeID"] == own_id:

@@ -33,7 +33,7 @@ from cluster.inventory import find_hosts, find_topology
 from cluster.journal import Journal, journal_file
 from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
 from cluster.profile import LOCAL
-from cluster.ray_session import STOP_SIGNALS, prints_logged, ray_session
+from cluster.ray_session import STOP_SIGNALS, joins_cluster, prints_logged, ray_session
 from cluster.resuming import Resuming
 from cluster.supervision import Supervisor
 from placement.stages import StagesPlan, split_verdict
@@ -120,7 +120,7 @@ async def deployment(
         loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, checkpoint))
         stack.callback(loading.cancel)
         await stack.enter_async_context(ray_session(config))
-        hosts = await asyncio.to_thread(find_hosts)
+        hosts = await asyncio.to_thread(find_hosts, may_grow=joins_cluster(config))
         topology = await asyncio.to_thread(find_topology, config, hosts)
         width = dtype_bytes(config.engine, [device.kind for device in topology.devices])
         profile = checkpoint.profile(dtype_bytes=width)

@@ -20,8 +20,9 @@ from cluster.config import ConfigError, MotleyConfig
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CONNECT_TIMEOUT_S = 5.0
-STARTED_HERE = "local"
+_STARTED_HERE = "local"
 """Ray's word for a cluster of one's own."""
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _log = logging.getLogger(__name__)
 
@@ -94,6 +95,12 @@ def connect_error(address: str) -> OSError | None:
     return None
 
 
+def joins_cluster(config: MotleyConfig) -> bool:
+    """Whether the settings, RAY_ADDRESS or the job name a cluster; it may grow while it is used."""
+    address = config.ray.address or os.environ.get("RAY_ADDRESS")
+    return address is not None or _IN_JOB in os.environ
+
+
 def ray_options(config: MotleyConfig) -> dict[str, Any]:
     """Return what to call `ray.init` with: join what the settings, RAY_ADDRESS or the job name."""
     settings = config.ray
@@ -104,11 +111,9 @@ def ray_options(config: MotleyConfig) -> dict[str, Any]:
         # of a head of 8 million parameters took 0.18 s instead of 1.09.
         "THP_MEM_ALLOC_ENABLE": "1",
     }
-    in_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if in_job or address is not None:
-        options["address"] = address or "auto"
-        if not in_job:
+    if joins_cluster(config):
+        options["address"] = settings.address or os.environ.get("RAY_ADDRESS") or "auto"
+        if _IN_JOB not in os.environ:
             # A submitted job's workers get its working directory; these must be told.
             options["runtime_env"] = {"env_vars": environment | _python_path()}
         return options
@@ -116,7 +121,7 @@ def ray_options(config: MotleyConfig) -> dict[str, Any]:
     os.environ.update(environment)
     options |= {
         # Else Ray would look for a cluster that someone else started on this machine.
-        "address": STARTED_HERE,
+        "address": _STARTED_HERE,
         "num_cpus": settings.num_cpus or _local_cpus(config),
         "include_dashboard": False,
         "runtime_env": {"env_vars": _python_path()},

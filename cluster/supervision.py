@@ -29,6 +29,7 @@ from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
+from cluster.ray_session import joins_cluster
 from cluster.steering import controller_document, controller_status, cut_of
 from placement.controller import Controller
 from placement.stages import StagesPlan
@@ -68,6 +69,7 @@ class Supervisor:
         self._cuts = {plan.epoch: cut_of(plan)}
         """Of all plans that have been in force, by epoch."""
         self._unix_offset_s = datetime.now(UTC).timestamp() - time.monotonic()
+        self._may_grow = joins_cluster(config)
         self._away: set[str] = set()
         """Nodes that the controller was told are lost."""
         self._looking: asyncio.Task[None] | None = None
@@ -226,7 +228,7 @@ class Supervisor:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
-                hosts = await asyncio.to_thread(find_hosts)
+                hosts = await asyncio.to_thread(find_hosts, may_grow=self._may_grow)
                 for node in sorted({device.node for device in self._topology.devices}):
                     await self._look_at(node, hosts.get(node))
                 if self._config.devices is None:

@@ -255,7 +255,8 @@ class Controller:
         if in_force is None or window.epoch != in_force.epoch:
             return []
         for measurement in window.stages:
-            self._fleet.speeds.observe(measurement)
+            self._fleet.speeds.observe(measurement, self._now_s)
+        self._fleet.speeds.forgive(self._fleet.ids - self._standing.devices, self._now_s)
         self._windows.append(window)
         if (trial := self._trial) is None:
             return []

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, contextmanager
 
 from cluster.config import MotleyConfig
 from cluster.inventory import find_hosts, find_topology
-from cluster.ray_session import STARTED_HERE, STOP_SIGNALS, prints_logged, ray_options, ray_session
+from cluster.ray_session import STOP_SIGNALS, joins_cluster, prints_logged, ray_session
 from cluster.training.events import TrainingEvent
 from cluster.training.job import TrainingJob, open_job
 from cluster.training.loop import TrainingLoop
@@ -42,9 +42,8 @@ def run(
 async def _run(job: TrainingJob, on_event: OnEvent, *, trace: bool) -> None:
     config, stopping = job.config, asyncio.Event()
     async with AsyncExitStack() as stack:
-        is_own = ray_options(config)["address"] == STARTED_HERE
         # A cluster that is joined has the object store that it has.
-        session = ray_session(with_object_store(job) if is_own else config)
+        session = ray_session(config if joins_cluster(config) else with_object_store(job))
         await stack.enter_async_context(session)
         stack.enter_context(_signals(stopping))
         hosts = await asyncio.to_thread(find_hosts)

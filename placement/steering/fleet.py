@@ -43,6 +43,11 @@ class Fleet:
     def released(self) -> tuple[str, ...]:
         return tuple(node for node, is_released in self._draining.items() if is_released)
 
+    @property
+    def ids(self) -> frozenset[str]:
+        """Of every device that is known."""
+        return frozenset(self._devices)
+
     def join(self, node: str, devices: Collection[Device], links: Collection[Link]) -> None:
         """Take in a node as it is now: what is known of its devices' speed is forgotten.
 

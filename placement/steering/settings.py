@@ -57,6 +57,11 @@ class ControllerSettings:
     jump_fraction: float = 0.2
     """A slowness that two of three windows put further off than this is taken at once."""
 
+    forgive_s: float = 300.0
+    """A slowed device that has run nothing for so long is planned with as profiled again; doubled
+    every time."""
+    max_forgive_s: float = 7200.0
+
     move_deadline_s: float = 300.0
     """A move that is not answered by then counts as failed."""
     retry_s: float = 1.0
@@ -105,6 +110,8 @@ _SECONDS = (
     "trial_deadline_s",
     "backoff_s",
     "max_backoff_s",
+    "forgive_s",
+    "max_forgive_s",
     "move_deadline_s",
     "retry_s",
     "max_retry_s",

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Collection
 from dataclasses import replace
 
 from placement.steering.settings import ControllerSettings
+from placement.steering.trials import doubled
 from placement.steering.values import StageMeasurement
 from placement.topology import Device
 
@@ -63,8 +65,11 @@ class Speeds:
         self._settings = settings
         self._factors: dict[str, float] = {}
         self._windows: dict[str, deque[float]] = {}
+        self._seen_s: dict[str, float] = {}
+        """When each was measured last."""
+        self._num_forgiven: Counter[str] = Counter()
 
-    def observe(self, measurement: StageMeasurement) -> None:
+    def observe(self, measurement: StageMeasurement, now_s: float) -> None:
         """Take in one window of one device, if it is evidence."""
         if measurement.steps < self._settings.least_steps:
             return
@@ -78,11 +83,28 @@ class Speeds:
         is_jump = abs(median / known - 1.0) > self._settings.jump_fraction
         weight = 1.0 if is_jump else self._settings.smoothing_fraction
         self._factors[measurement.device_id] = known + weight * (median - known)
+        self._seen_s[measurement.device_id] = now_s
+
+    def forgive(self, idle: Collection[str], now_s: float) -> list[str]:
+        """Take slowed devices as profiled again that have run nothing for a while, as nothing else
+        would show that they are well again; returns them. The while doubles every time."""
+        settings = self._settings
+        forgiven = []
+        for device_id in sorted(set(idle) & self._seen_s.keys()):
+            times = self._num_forgiven[device_id]
+            wait_s = doubled(settings.forgive_s, times, settings.max_forgive_s)
+            is_slow = self._factors[device_id] > 1.0 + settings.min_gain_fraction
+            if is_slow and now_s - self._seen_s[device_id] >= wait_s:
+                self.forget(device_id)
+                self._num_forgiven[device_id] = times + 1
+                forgiven.append(device_id)
+        return forgiven
 
     def forget(self, device_id: str) -> None:
         """Take a device as profiled again."""
         self._factors.pop(device_id, None)
         self._windows.pop(device_id, None)
+        self._seen_s.pop(device_id, None)
 
     def factor(self, device_id: str) -> float:
         """Return the slowness to plan with: 1 as profiled, 2 at half the speed."""

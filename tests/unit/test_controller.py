@@ -751,7 +751,8 @@ def test_slowness_takes_a_change_whole_and_smooths_noise() -> None:
     speeds = Speeds(ControllerSettings())
 
     def see(factor: float) -> float:
-        speeds.observe(StageMeasurement(device_id="a", steps=100, busy_s=factor, predicted_s=1.0))
+        seen = StageMeasurement(device_id="a", steps=100, busy_s=factor, predicted_s=1.0)
+        speeds.observe(seen, now_s=0.0)
         return speeds.measured()["a"]
 
     assert see(2.0) == 1.0
@@ -759,6 +760,32 @@ def test_slowness_takes_a_change_whole_and_smooths_noise() -> None:
     assert see(2.2) == 2.0
     assert see(2.2) == pytest.approx(2.0 + 0.3 * 0.2)
     assert speeds.factor("unknown") == 1.0
+
+
+def test_a_device_that_is_well_again_is_found_out_though_it_has_no_layers() -> None:
+    it = fleet("a", "b", "c", settings=ControllerSettings(forgive_s=60.0))
+    it.slow("c", 20.0)
+    it.run(30)
+    assert it.plan is not None
+    assert "c" not in counts_of(it.plan)
+
+    it.slow("c", 1.0)
+    it.run(90)
+
+    assert counts_of(it.plan)["c"] > 0
+
+
+def test_a_device_that_stays_slow_is_tried_ever_more_seldom() -> None:
+    it = fleet("a", "b", "c", settings=ControllerSettings(forgive_s=60.0, backoff_s=1.0))
+    it.slow("c", 20.0)
+    it.run(30)
+    before = len(plan_commands(it.controller.handle(Tick(at_s=it.now_s)))) + len(it.commands)
+    it.run(3600)
+
+    # Waits of 60, 120, ... 1920 s: five of them pass in an hour, each with a way there and back.
+    assert len(it.commands) - before <= 2 * 5
+    assert it.plan is not None
+    assert "c" not in counts_of(it.plan)
 
 
 def test_a_log_replays_to_the_same_commands_after_json() -> None:

@@ -54,6 +54,8 @@ def test_a_name_that_two_nodes_have_means_neither_but_local_stays_local() -> Non
 
 def test_one_node_alone_is_reached_over_loopback() -> None:
     assert {h.address for h in hosts_by_name([node("1")], "1", "here").values()} == {"127.0.0.1"}
+    grows = hosts_by_name([node("1")], "1", "here", may_grow=True)
+    assert {host.address for host in grows.values()} == {"10.0.0.1"}
     two = hosts_by_name([node("1"), node("2")], "1", "here")
     assert (two["local"].address, two["2"].address) == ("10.0.0.1", "10.0.0.2")
 
