@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
@@ -40,6 +40,14 @@ _NOT_READY = "was not ready in time; raise ray.start_timeout_s, or see `motley d
 
 class FleetError(RuntimeError):
     """The plan could not be turned into running actors."""
+
+
+class MemberLostError(FleetError):
+    """Because one of them is no more."""
+
+    def __init__(self, member: Member, reason: str) -> None:
+        super().__init__(reason)
+        self.member = member
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,6 +96,8 @@ class Fleet:
         self.stages: dict[str, Member] = {}
         """By device."""
         self.lanes: dict[int, Member] = {}
+        self._spares: dict[str, tuple[Member, StagePlacement]] = {}
+        """By device: stages of a plan that came to nothing, and what they have loaded."""
         self._adapters: dict[int, Any] = {}
         """The adapter in use and the newest, by version: their bytes in Ray, for stages that come
         later."""
@@ -120,14 +130,15 @@ class Fleet:
         plan = self.plan
         members = [self.start_stage(placed, plan.epoch) for placed in plan.stages]
         members += [self.start_lane(index) for index in range(self.spec.num_lanes)]
-        self.admit(members, deadline_s)
         try:
+            self.admit(members, deadline_s)
             self.connect(plan, deadline_s)
             first = _address(self.stages[plan.stages[0].device_id])
             lanes = list(self.lanes.values())
             connected = [lane.actor.connect.remote(first) for lane in lanes]
             self.wait_for(lanes, connected, deadline_s)
         except FleetError:
+            _end(members)
             self.stop()
             raise
         self.watch(members)
@@ -182,22 +193,16 @@ class Fleet:
         """Wait until started members are ready; they belong to the fleet then.
 
         Raises:
-            FleetError: One failed to start, or the deadline passed; none of them is left.
+            FleetError: One failed to start, or the deadline passed; none of them belongs to it.
         """
-        try:
-            calls = [member.actor.ready.remote() for member in members]
-            addresses = self.wait_for(members, calls, deadline_s)
-            stages = [member for member in members if member.kind == "stage"]
-            keep = 0
-            for version, message in sorted(self._adapters.items()):
-                loads = [
-                    stage.actor.load_adapter.remote(version, message, keep) for stage in stages
-                ]
-                self.wait_for(stages, loads, deadline_s)
-                keep = version
-        except FleetError:
-            _end(members)
-            raise
+        calls = [member.actor.ready.remote() for member in members]
+        addresses = self.wait_for(members, calls, deadline_s)
+        stages = [member for member in members if member.kind == "stage"]
+        keep = 0
+        for version, message in sorted(self._adapters.items()):
+            loads = [stage.actor.load_adapter.remote(version, message, keep) for stage in stages]
+            self.wait_for(stages, loads, deadline_s)
+            keep = version
         for member, address in zip(members, addresses, strict=True):
             member.address = address
             group: dict[Any, Member] = self.stages if member.kind == "stage" else self.lanes
@@ -240,10 +245,11 @@ class Fleet:
     ) -> list[Any]:
         """Return the results of a call to each member; the first failure is raised at once.
 
-        So is the loss of any other member: what waits here could wait for it until the deadline.
+        So is the loss of another stage: what waits here could wait for it until the deadline.
 
         Raises:
-            FleetError: Names the member that failed, is lost, or did not answer in time.
+            MemberLostError: One of them, or another stage, is no more.
+            FleetError: Names the member whose call failed or had no answer in time.
         """
         pending = dict(zip(references, members, strict=True))
         while pending:
@@ -255,11 +261,14 @@ class Fleet:
                 member = pending.pop(reference)
                 try:
                     ray.get(reference)
+                except RayActorError as error:
+                    reason = f"{member.name}: {cause_of(error)}"
+                    raise MemberLostError(member, reason) from error
                 except RayError as error:
                     raise FleetError(f"{member.name}: {cause_of(error)}") from error
             self._check_open()
-            if not done and (loss := self._watches.look()) is not None:
-                raise FleetError(loss.reason)
+            if not done and (loss := self._watches.look(members)) is not None:
+                raise MemberLostError(loss.member, loss.reason)
         results: list[Any] = ray.get(list(references))
         return results
 
@@ -276,6 +285,28 @@ class Fleet:
         ray.kill(member.actor)
         if member.address is not None:
             remove_folder(member.address)
+
+    def set_aside(self, member: Member, placed: StagePlacement) -> None:
+        """Keep a stage that loads for a plan that comes to nothing; the next may want it."""
+        if self.stages.get(placed.device_id) is member:
+            del self.stages[placed.device_id]
+        self._watches.drop(member)
+        self._spares[placed.device_id] = member, placed
+
+    def take_spare(self, placed: StagePlacement) -> Member | None:
+        """Return the stage with these layers that was set aside, if there is one."""
+        member, loaded = self._spares.pop(placed.device_id, (None, placed))
+        wanted = placed.node, placed.first_layer, placed.end_layer
+        if member is not None and wanted != (loaded.node, loaded.first_layer, loaded.end_layer):
+            # With other layers it might hold more at once than the device has room for.
+            self.bury(member)
+            return None
+        return member
+
+    def bury_spares(self) -> None:
+        for member, _ in self._spares.values():
+            self.bury(member)
+        self._spares.clear()
 
     def retire(self, member: Member) -> None:
         """Stop a member that is not needed any more."""
@@ -306,7 +337,7 @@ class Fleet:
         """Stop every actor: politely first, then for certain."""
         self._is_stopped = True
         self._watches.stop()
-        members = self.members
+        members = [*self.members, *(member for member, _ in self._spares.values())]
         _end(members)
         for member in members:
             self.bury(member)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,6 +73,12 @@ class Watches:
         if not self._watched or self._is_stopped:
             time.sleep(timeout_s)
             return None
+        return self._find(timeout_s)
+
+    def _find(self, timeout_s: float) -> Loss | None:
+        """Notice a loss, once."""
+        if not self._watched:
+            return None
         done, _ = ray.wait(list(self._watched), timeout=timeout_s)
         for reference in done:
             member = self._watched.pop(reference, None)
@@ -85,12 +92,17 @@ class Watches:
                 return Loss(member, f"{member.name} is lost: {first_line(error)}")
         return self._silent()
 
-    def look(self) -> Loss | None:
-        """Return a loss without waiting; `next_loss` will tell it too."""
-        loss = self.next_loss(0.0)
-        if loss is not None:
-            self._noted.appendleft(loss)
-        return loss
+    def look(self, members: Collection[Member]) -> Loss | None:
+        """Return a loss of one of these, or of any stage, that `next_loss` has not told yet.
+
+        A lane that is lost holds up nobody but who waits for it.
+        """
+        while (loss := self._find(0.0)) is not None:
+            self._noted.append(loss)
+        for loss in self._noted:
+            if loss.member.kind == "stage" or loss.member in members:
+                return loss
+        return None
 
     def has_noted(self, member: Member) -> bool:
         """Whether `next_loss` is about to tell of this member."""
@@ -101,11 +113,12 @@ class Watches:
         if now_s - self._pinged_s < _PING_EVERY_S:
             return None
         self._pinged_s = now_s
-        for member in list(self._watched.values()):
+        for watch, member in list(self._watched.items()):
             if member.asked is not None:
                 reference, sent_s = member.asked
                 answered, _ = ray.wait([reference], timeout=0)
                 if not answered and now_s - sent_s > self._silence_s:
+                    self._watched.pop(watch, None)
                     reason = f"{member.name} is lost: it hung for {self._silence_s:g} s"
                     return Loss(member, reason)
                 if not answered:

@@ -18,7 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.fleet import Fleet, FleetError
+from actors.fleet import Fleet, FleetError, MemberLostError
 from actors.losses import Member, cause_of
 from placement.moving.transit import tight_devices
 from placement.stages import StagesPlan
@@ -92,10 +92,15 @@ def move(
         kv_bytes, pause_s = 0, 0.0
         for lane in fleet.lanes.values():
             switched.append(lane)
-            lane_bytes, lane_s = _switch(fleet, plan, lane, recompute, step_timeout_s)
+            try:
+                lane_bytes, lane_s = _switch(fleet, plan, lane, recompute, step_timeout_s)
+            except MemberLostError as error:
+                if error.member is not lane:
+                    raise
+                continue  # another takes its place, on the new plan
             kv_bytes, pause_s = kv_bytes + lane_bytes, max(pause_s, lane_s)
     except FleetError as error:
-        goes_on = _undo(fleet, plan, switched, new, is_fenced=recompute)
+        goes_on = _undo(fleet, plan, switched, new, error, is_fenced=recompute)
         _bury(fleet, tight)
         if not goes_on:
             raise StandingStillError(str(error)) from error
@@ -125,9 +130,9 @@ def add_lane(fleet: Fleet, index: int, *, adapter_version: int, timeout_s: float
     """
     deadline_s = time.monotonic() + timeout_s
     lane = fleet.start_lane(index, adapter_version=adapter_version)
-    fleet.admit([lane], deadline_s)
     first = None
     try:
+        fleet.admit([lane], deadline_s)
         if fleet.is_whole:
             fleet.connect(fleet.plan, deadline_s)
             first = fleet.stages[fleet.plan.stages[0].device_id].address
@@ -182,21 +187,27 @@ def _bury(fleet: Fleet, device_ids: Sequence[str]) -> None:
 
 
 def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float, tight: Sequence[str]) -> list[Member]:
-    """Make every stage of a plan hold its layers; returns the stages that were started for it."""
-    placed = plan.stages
-    there = [stage for stage in placed if stage.device_id in fleet.stages]
-    members = [fleet.stages[stage.device_id] for stage in there]
-    calls = [
-        member.actor.prepare.remote(plan.epoch, stage.first_layer, stage.end_layer)
-        for member, stage in zip(members, there, strict=True)
-    ]
-    new = [fleet.start_stage(s, plan.epoch) for s in placed if s.device_id not in fleet.stages]
+    """Make every stage of a plan hold its layers; returns those that are not in force yet."""
+    members: list[Member] = []
+    calls: list[Any] = []
+    new: list[Member] = []
+    for placed in plan.stages:
+        member = fleet.stages.get(placed.device_id)
+        if member is None:
+            member = fleet.take_spare(placed)
+            is_started = member is None
+            member = member or fleet.start_stage(placed, plan.epoch)
+            new.append(member)
+            if is_started:
+                continue
+        members.append(member)
+        layers = placed.first_layer, placed.end_layer
+        calls.append(member.actor.prepare.remote(plan.epoch, *layers))
     try:
-        if new:
-            fleet.admit(new, deadline_s)
         fleet.wait_for(members, calls, deadline_s)
-    except FleetError:
-        _undo(fleet, plan, [], new, is_fenced=bool(tight))
+        fleet.admit(new, deadline_s)
+    except FleetError as error:
+        _undo(fleet, plan, [], new, error, is_fenced=bool(tight))
         _bury(fleet, tight)
         raise
     return new
@@ -257,6 +268,7 @@ def _retire(fleet: Fleet, plan: StagesPlan) -> None:
             member.actor.retire.remote(plan.epoch)
         else:
             fleet.retire(member)
+    fleet.bury_spares()
 
 
 def _undo(
@@ -264,6 +276,7 @@ def _undo(
     plan: StagesPlan,
     switched: Sequence[Member],
     new: Sequence[Member],
+    error: FleetError,
     *,
     is_fenced: bool,
 ) -> bool:
@@ -278,8 +291,13 @@ def _undo(
     others = [member for member in fleet.stages.values() if member not in new]
     alive = [member for member in others if not fleet.is_known_lost(member)]
     _best_effort(alive, lambda stage: stage.actor.forget.remote(plan.epoch), _UNDO_TIMEOUT_S)
+    lost = error.member if isinstance(error, MemberLostError) else None
+    placed = {stage.device_id: stage for stage in plan.stages}
     for member in new:
-        fleet.bury(member)
+        if lost is None or member is lost:
+            fleet.bury(member)
+        else:
+            fleet.set_aside(member, placed[str(member.key)])
     old = fleet.plan
     first = fleet.stages.get(old.stages[0].device_id)
     if is_fenced or first is None or len(alive) < len(others):

@@ -137,6 +137,34 @@ async def test_a_lane_lost_together_with_a_stage(served: Served) -> None:
     served.wait_until_idle()
 
 
+async def test_what_has_loaded_serves_though_another_stage_is_lost_meanwhile(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = texts(await ask_all(served, temperature=0.0))
+    calls = asyncio.create_task(ask_all(served, temperature=0.0))
+    await asyncio.to_thread(served.wait_until, all_run)
+    second = await asyncio.to_thread(pid_of, member_of(served, "stage cpu2"))
+    started: list[Member] = []
+    fleet = served.running.fleet
+    start = fleet.start_stage
+
+    def start_and_lose_another(*arguments: Any) -> Member:
+        started.append(start(*arguments))
+        if len(started) == 1:
+            os.kill(second, signal.SIGKILL)
+        return started[-1]
+
+    monkeypatch.setattr(fleet, "start_stage", start_and_lose_another)
+    await asyncio.to_thread(kill, member_of(served, "stage cpu1"))
+    async with asyncio.timeout(DEADLINE_S):
+        actual = texts(await calls)
+
+    assert actual == expected
+    assert [member.key for member in started] == ["cpu1", "cpu2"], "the first is not started again"
+    assert started[0] in fleet.members
+    served.wait_until_idle()
+
+
 async def test_the_log_of_a_loss_replays_to_the_same_commands(served: Served) -> None:
     await asyncio.to_thread(kill, member_of(served, "stage cpu1"))
     await asyncio.to_thread(served.wait_until, lambda status: status.epoch == 1)
