@@ -169,13 +169,14 @@ async def test_lanes_come_and_go_while_requests_are_in_flight(
         plan={"lanes": 1, "max_lanes": 3},
         engine={"num_kv_blocks": 256, "step_timeout_s": 60.0},
     )
+    options = {"temperature": 0.9, "top_p": 0.95}
     with nothing_left_behind(), serving(config) as served:
-        expected = texts(await ask_all(served, temperature=0.9))
+        expected = texts(await ask_all(served, **options))
         await under_load(
             served,
             lambda: served.wait_until(lambda status: len(status.lanes) == 3),
             expected,
-            temperature=0.9,
+            **options,
         )
         shell = served.running.supervisor._shell
 
@@ -183,7 +184,7 @@ async def test_lanes_come_and_go_while_requests_are_in_flight(
             with served.running.supervisor.fleet_turn:
                 return shell._change_lanes(1)
 
-        changed = await under_load(served, retire, expected, temperature=0.9)
+        changed = await under_load(served, retire, expected, **options)
         assert changed.num_lanes == 1
         await asyncio.to_thread(served.wait_until, lambda status: len(status.lanes) == 1)
         assert served.running.supervisor.status().phase == "idle"
