@@ -179,3 +179,16 @@ def test_settings_that_cannot_work_start_nothing(motley: CommandLine, tmp_path: 
     assert up.returncode == 2
     assert "no folder ./nowhere" in up.stderr
     assert motley.processes() == []
+
+
+def test_it_stops_while_its_stages_load(motley: CommandLine) -> None:
+    up = motley.start("--json", "--http-port", "0", "--grpc-port", "0")
+    assert next(events(up))["event"] == "planned"
+
+    up.terminate()
+
+    told = [event["event"] for event in events(up)]
+    assert told[-1] == "stopped"
+    assert "ready" not in told
+    assert up.wait(STOP_DEADLINE_S) == 0
+    assert motley.processes() == []
