@@ -10,12 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, assert_never
 
-from actors.fleet import Fleet, FleetError
+from actors.fleet import Fleet, FleetError, MemberLostError
 from actors.losses import Member
 from actors.moving import (
     MoveReport,
@@ -128,6 +128,8 @@ class ControllerShell:
         self._running: list[int] = []
         self._missing: set[int] = set()
         """Lost lanes that have no successor yet."""
+        self._num_failed_lanes = 0
+        """In a row, in which a lane was started and did not come up."""
         self._lane_losses_s: deque[float] = deque(maxlen=2 * _MOST_LANE_LOSSES)
         self.turn = threading.Lock()
         """Held while the fleet is used; whoever else uses it holds it too."""
@@ -210,13 +212,13 @@ class ControllerShell:
         self._lane_losses_s.append(now_s)
         recent = [at_s for at_s in self._lane_losses_s if now_s - at_s < _LANE_LOSS_WINDOW_S]
         if len(recent) > _MOST_LANE_LOSSES:
-            self._stopping.set()
-            self._hooks.on_fatal(
+            self._give_up(
                 f"{reason}; {len(recent)} lanes were lost within {_LANE_LOSS_WINDOW_S:g} s"
             )
 
     def _bury_node(self, node: str, reason: str) -> None:
         """What is on a lost node may still run, and must not come back."""
+        self._fleet.bury_spares(node)
         on_it = [m for m in self._fleet.stages.values() if self._node_of(m) == node]
         if on_it:
             self._hooks.on_interrupted(reason)
@@ -238,7 +240,10 @@ class ControllerShell:
             )
         except FleetError as error:
             _log.warning("lane %d did not come up: %s", index, error)
+            is_stage = isinstance(error, MemberLostError) and error.member.kind == "stage"
+            self._num_failed_lanes += not is_stage
             return False
+        self._num_failed_lanes = 0
         assert lane.address is not None
         self._hooks.on_lane(index, lane.address)
         return True
@@ -246,11 +251,21 @@ class ControllerShell:
     def _replace_lane(self, index: int) -> None:
         """Put another lane in the place of a lost one; the requests go on there. Where it does not
         come up, a part may have died with it: that is found, and this is tried again."""
-        if self._stopping.is_set() or not self._add_lane(index):
+        if self._stopping.is_set():
             return
-        self._missing.discard(index)
+        if self._add_lane(index):
+            self._missing.discard(index)
+            self._resume()
+        elif self._num_failed_lanes > _MOST_LANE_LOSSES:
+            self._give_up(f"lane {index} did not come up {self._num_failed_lanes} times in a row")
+
+    def _resume(self) -> None:
         if not self._missing and self._fleet.is_whole:
             self._hooks.on_resumed()
+
+    def _give_up(self, reason: str) -> None:
+        self._stopping.set()
+        self._hooks.on_fatal(reason)
 
     def _handle(self, event: Event) -> None:
         """Tell the controller, and do what it says until it says no more."""
@@ -260,8 +275,7 @@ class ControllerShell:
         while commands and not self._stopping.is_set():
             command = commands.pop(0)
             _log.info("controller: %s", _words(command))
-            answer = self._obey(command)
-            if answer is not None:
+            for answer in self._obey(command):
                 # What it says to the answer takes the place of what it said before.
                 commands = [*self._ask(answer), *commands]
 
@@ -270,7 +284,8 @@ class ControllerShell:
         self._hooks.on_entry(LogEntry(event=event, commands=tuple(commands)))
         return commands
 
-    def _obey(self, command: Command) -> Event | None:
+    def _obey(self, command: Command) -> Sequence[Event]:
+        """Do what a command says; returns what came of it, for the controller."""
         match command:
             case Deploy(plan=plan):
                 return self._move(plan, recompute=True)
@@ -281,10 +296,10 @@ class ControllerShell:
             case ReleaseNode(node=node):
                 _log.info("node %s holds nothing any more", node)
             case ChangeLanes(num_lanes=num_lanes):
-                return self._change_lanes(num_lanes)
+                return [self._change_lanes(num_lanes)]
             case _:
                 assert_never(command)
-        return None
+        return ()
 
     def _change_lanes(self, num_lanes: int) -> LanesChanged:
         """Add lanes, or retire the last ones, whose requests go on elsewhere; says how many there
@@ -300,6 +315,7 @@ class ControllerShell:
             self._missing.discard(index)
             if index in lanes:
                 self._retire_lane(lanes[index])
+        self._resume()
         return LanesChanged(at_s=self._now_s(), num_lanes=len(lanes) + len(self._missing))
 
     def _retire_lane(self, lane: Member) -> None:
@@ -309,9 +325,10 @@ class ControllerShell:
             # Whoever did not hear of it is lost or will be; what it sends there goes nowhere.
             _log.warning("%s is retired, but: %s", lane.name, error)
 
-    def _move(self, plan: StagesPlan, *, recompute: bool) -> Event:
+    def _move(self, plan: StagesPlan, *, recompute: bool) -> Sequence[Event]:
         """Carry a move out; returns what came of it."""
         settings = self._settings
+        before = frozenset(self._fleet.stages)
         try:
             report = move(
                 self._fleet,
@@ -322,29 +339,42 @@ class ControllerShell:
             )
         except FleetError as error:
             _log.warning("plan %d did not come into force: %s", plan.epoch, error)
-            self._dead_stages()
-            held = {stage.device_id for stage in self._fleet.plan.stages}
-            lost = tuple(sorted(held - self._fleet.stages.keys()))
-            return MoveFailed(
+            dead_nodes = self._bury_the_dead()
+            # Those of before are known to be lost.
+            held = before & {stage.device_id for stage in self._fleet.plan.stages}
+            failed = MoveFailed(
                 at_s=self._now_s(),
                 epoch=plan.epoch,
                 reason=str(error),
-                lost_device_ids=lost,
+                lost_device_ids=tuple(sorted(held - self._fleet.stages.keys())),
                 stands_still=isinstance(error, StandingStillError),
             )
+            return [*dead_nodes, failed]
         self._hooks.on_plan(plan, report)
         self._begin_window()
-        return MoveDone(
-            at_s=self._now_s(),
-            epoch=plan.epoch,
-            pause_s=report.pause_s,
-            moved_bytes=report.kv_bytes,
-        )
+        return [
+            MoveDone(
+                at_s=self._now_s(),
+                epoch=plan.epoch,
+                pause_s=report.pause_s,
+                moved_bytes=report.kv_bytes,
+            )
+        ]
 
-    def _dead_stages(self) -> None:
-        """Find out at once who is lost, and bury them."""
+    def _bury_the_dead(self) -> list[Event]:
+        """Find out at once who is lost, and bury them; returns the nodes that are lost too."""
+        nodes: dict[str, str] = {}
         while (loss := self._fleet.lost(0.0)) is not None:
             self._bury(loss.member, loss.reason)
+            if loss.member.kind == "stage":
+                nodes[self._node_of(loss.member)] = loss.reason
+        now_s = self._now_s()
+        gone: list[Event] = []
+        for node, reason in nodes.items():
+            if not self._hooks.is_node_alive(node):
+                self._bury_node(node, reason)
+                gone.append(NodeLost(at_s=now_s, node=node, reason=reason))
+        return gone
 
     def _begin_window(self) -> None:
         self._window_began_s, self._before = self._now_s(), self._hooks.counters()

@@ -102,7 +102,13 @@ class DecodeWorker:
         try:
             return held.result(timeout_s)
         except TimeoutError:
-            self._orders.put(self._core.release)
+
+            def give_up() -> None:
+                if self._held is held:  # and not a later hold, which stands
+                    self._held = None
+                    self._core.release()
+
+            self._orders.put(give_up)
             raise TimeoutError(
                 f"lane {self._spec.index}: its step did not come back within {timeout_s:g} s"
             ) from None

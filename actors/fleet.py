@@ -34,6 +34,7 @@ from placement.workload import ModelProfile
 
 _log = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 10.0
+_LAST_WORDS_S = 1.0
 _LOOK_EVERY_S = 0.25
 _NOT_READY = "was not ready in time; raise ray.start_timeout_s, or see `motley doctor`"
 
@@ -96,11 +97,13 @@ class Fleet:
         self.stages: dict[str, Member] = {}
         """By device."""
         self.lanes: dict[int, Member] = {}
-        self._spares: dict[str, tuple[Member, StagePlacement]] = {}
-        """By device: stages of a plan that came to nothing, and what they have loaded."""
+        self._spares: dict[str, tuple[Member, StagePlacement, Host]] = {}
+        """By device: stages of a plan that came to nothing, what they have loaded, and where."""
         self._adapters: dict[int, Any] = {}
         """The adapter in use and the newest, by version: their bytes in Ray, for stages that come
         later."""
+        self.stands_still = False
+        """No plan serves: a move has ended half-way, and the lanes wait for another."""
         self._lives: Counter[int] = Counter()
         """Of every lane, by index: how often it was started."""
         self._watches = Watches(spec.silence_s)
@@ -116,8 +119,10 @@ class Fleet:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every stage of the plan in force is there."""
-        return all(placed.device_id in self.stages for placed in self.plan.stages)
+        """Whether the plan in force serves: every stage of it is there, and none is fenced off."""
+        return not self.stands_still and all(
+            placed.device_id in self.stages for placed in self.plan.stages
+        )
 
     def deploy(self, timeout_s: float) -> None:
         """Start the plan's actors and connect them; nothing is left behind when it fails.
@@ -138,8 +143,8 @@ class Fleet:
             connected = [lane.actor.connect.remote(first) for lane in lanes]
             self.wait_for(lanes, connected, deadline_s)
         except FleetError:
-            _end(members)
-            self.stop()
+            for member in members:
+                self.bury(member)
             raise
         self.watch(members)
 
@@ -282,6 +287,8 @@ class Fleet:
         if group.get(member.key) is member:
             del group[member.key]
         self._watches.drop(member)
+        if member.address is None:  # nobody knows its folder but itself
+            ray.wait([member.actor.stop.remote()], timeout=_LAST_WORDS_S)
         ray.kill(member.actor)
         if member.address is not None:
             remove_folder(member.address)
@@ -291,22 +298,26 @@ class Fleet:
         if self.stages.get(placed.device_id) is member:
             del self.stages[placed.device_id]
         self._watches.drop(member)
-        self._spares[placed.device_id] = member, placed
+        self._spares[placed.device_id] = member, placed, self.hosts[placed.node]
 
     def take_spare(self, placed: StagePlacement) -> Member | None:
         """Return the stage with these layers that was set aside, if there is one."""
-        member, loaded = self._spares.pop(placed.device_id, (None, placed))
-        wanted = placed.node, placed.first_layer, placed.end_layer
-        if member is not None and wanted != (loaded.node, loaded.first_layer, loaded.end_layer):
+        if placed.device_id not in self._spares:
+            return None
+        member, loaded, host = self._spares.pop(placed.device_id)
+        wanted = self.hosts[placed.node], placed.first_layer, placed.end_layer
+        if wanted != (host, loaded.first_layer, loaded.end_layer):
             # With other layers it might hold more at once than the device has room for.
             self.bury(member)
             return None
         return member
 
-    def bury_spares(self) -> None:
-        for member, _ in self._spares.values():
-            self.bury(member)
-        self._spares.clear()
+    def bury_spares(self, node: str | None = None) -> None:
+        """End the stages that were set aside; those of one node, or all."""
+        for device_id, (member, loaded, _) in list(self._spares.items()):
+            if node in (None, loaded.node):
+                del self._spares[device_id]
+                self.bury(member)
 
     def retire(self, member: Member) -> None:
         """Stop a member that is not needed any more."""
@@ -337,7 +348,7 @@ class Fleet:
         """Stop every actor: politely first, then for certain."""
         self._is_stopped = True
         self._watches.stop()
-        members = [*self.members, *(member for member, _ in self._spares.values())]
+        members = [*self.members, *(spare[0] for spare in self._spares.values())]
         _end(members)
         for member in members:
             self.bury(member)
@@ -364,8 +375,9 @@ def _options(host: Host, *, num_gpus: int) -> dict[str, Any]:
         "num_cpus": 0,
         "num_gpus": num_gpus,
         "max_restarts": 0,
-        # watch() holds one thread for as long as the actor lives; loading, KV, pings take more.
-        "max_concurrency": 6,
+        # watch() holds one thread for as long as the actor lives; loading, KV, pings take more, and
+        # a ping that found none would look like a hang.
+        "max_concurrency": 16,
         "scheduling_strategy": affinity,
     }
 

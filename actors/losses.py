@@ -99,14 +99,14 @@ class Watches:
         """
         while (loss := self._find(0.0)) is not None:
             self._noted.append(loss)
-        for loss in self._noted:
+        for loss in list(self._noted):
             if loss.member.kind == "stage" or loss.member in members:
                 return loss
         return None
 
     def has_noted(self, member: Member) -> bool:
         """Whether `next_loss` is about to tell of this member."""
-        return any(loss.member is member for loss in self._noted)
+        return any(loss.member is member for loss in list(self._noted))
 
     def _silent(self) -> Loss | None:
         now_s = time.monotonic()

@@ -100,12 +100,13 @@ def move(
                 continue  # another takes its place, on the new plan
             kv_bytes, pause_s = kv_bytes + lane_bytes, max(pause_s, lane_s)
     except FleetError as error:
-        goes_on = _undo(fleet, plan, switched, new, error, is_fenced=recompute)
+        dead = [error.member] if isinstance(error, MemberLostError) else []
+        goes_on = _undo(fleet, plan, switched, new, dead, is_fenced=recompute)
         _bury(fleet, tight)
         if not goes_on:
             raise StandingStillError(str(error)) from error
         raise
-    fleet.plan = plan
+    fleet.plan, fleet.stands_still = plan, False
     _retire(fleet, plan)
     fleet.watch(new)
     now_s = time.monotonic()
@@ -204,10 +205,13 @@ def _load(fleet: Fleet, plan: StagesPlan, deadline_s: float, tight: Sequence[str
         layers = placed.first_layer, placed.end_layer
         calls.append(member.actor.prepare.remote(plan.epoch, *layers))
     try:
-        fleet.wait_for(members, calls, deadline_s)
+        ready = [member.actor.ready.remote() for member in new]
+        fleet.wait_for([*members, *new], [*calls, *ready], deadline_s)
         fleet.admit(new, deadline_s)
     except FleetError as error:
-        _undo(fleet, plan, [], new, error, is_fenced=bool(tight))
+        # Of those that are late nobody knows which will ever be ready.
+        dead = [error.member] if isinstance(error, MemberLostError) else new
+        _undo(fleet, plan, [], new, dead, is_fenced=bool(tight))
         _bury(fleet, tight)
         raise
     return new
@@ -276,7 +280,7 @@ def _undo(
     plan: StagesPlan,
     switched: Sequence[Member],
     new: Sequence[Member],
-    error: FleetError,
+    dead: Sequence[Member],
     *,
     is_fenced: bool,
 ) -> bool:
@@ -291,16 +295,17 @@ def _undo(
     others = [member for member in fleet.stages.values() if member not in new]
     alive = [member for member in others if not fleet.is_known_lost(member)]
     _best_effort(alive, lambda stage: stage.actor.forget.remote(plan.epoch), _UNDO_TIMEOUT_S)
-    lost = error.member if isinstance(error, MemberLostError) else None
     placed = {stage.device_id: stage for stage in plan.stages}
     for member in new:
-        if lost is None or member is lost:
+        if member in dead:
             fleet.bury(member)
         else:
             fleet.set_aside(member, placed[str(member.key)])
     old = fleet.plan
     first = fleet.stages.get(old.stages[0].device_id)
     if is_fenced or first is None or len(alive) < len(others):
+        fleet.stands_still = True
+        stand_still(fleet)
         return False
     at = first.address
     _best_effort(lanes, lambda lane: lane.actor.go_on.remote(old.epoch, at, True), _UNDO_TIMEOUT_S)

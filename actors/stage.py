@@ -131,10 +131,12 @@ class StageWorker:
     def prepare(self, epoch: int, first_layer: int, end_layer: int) -> None:
         """Load what an epoch's layers need beside what is there; steps go on meanwhile."""
         with self._loading:
+            if epoch in self._given_up:
+                return
             base = self._slices[max(number for number in self._slices if number <= epoch)]
             slice_ = base.recut(first_layer, end_layer, on_progress=self._note_progress)
             if epoch in self._given_up:
-                base.settle([slice_])
+                self._free(slice_)
             else:
                 self._slices[epoch] = slice_
 
@@ -164,12 +166,12 @@ class StageWorker:
     def fence(self, epoch: int) -> None:
         """Drop what comes from epochs before this one, from the end of the present step on."""
         with self._turn:
-            self._oldest_epoch = epoch
+            self._oldest_epoch = max(self._oldest_epoch, epoch)
 
     def retire(self, epoch: int) -> None:
         """Fence, and free what epochs before this one needed and it does not."""
         with self._turn:
-            self._oldest_epoch = epoch
+            self._oldest_epoch = max(self._oldest_epoch, epoch)
             self._drop_routes(0, epoch)
         with self._loading:
             old = [self._slices.pop(number) for number in sorted(self._slices) if number < epoch]
@@ -182,10 +184,13 @@ class StageWorker:
         self._given_up.add(epoch)
         with self._turn:
             self._drop_routes(epoch, epoch + 1)
-        with self._loading:
-            if epoch in self._slices and len(self._slices) > 1:
-                given_up = self._slices.pop(epoch)
-                self._newest.settle([given_up])
+        # Not behind one that loads: `prepare` frees what was given up, `retire` what is old.
+        if self._loading.acquire(blocking=False):
+            try:
+                if epoch in self._slices and len(self._slices) > 1:
+                    self._free(self._slices.pop(epoch))
+            finally:
+                self._loading.release()
 
     def take_kv(self, epoch: int, lane: int, layers: range, blocks: list[int]) -> Array:
         """Return the KV of a lane's blocks, (layers, blocks, block_tokens, 2, Hk, D)."""
@@ -230,6 +235,10 @@ class StageWorker:
     @property
     def _newest(self) -> StageSlice:
         return self._slices[max(self._slices)]
+
+    def _free(self, given_up: StageSlice) -> None:
+        first, *others = self._slices.values()
+        first.settle([given_up], others)
 
     def _drop_routes(self, first: int, end: int) -> None:
         for number in [number for number in self._routes if first <= number < end]:

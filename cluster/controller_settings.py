@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from placement.steering.settings import ControllerSettings
 from placement.workload import DeviceOrder, Objective
 
+_MOVE_GRACE_S = 120.0
+"""Beyond the time for loading: to change over, or to find out that it cannot be done."""
+
 
 class ControllerConfig(BaseModel):
     """How the deployment is kept at its best while it serves."""
@@ -39,6 +42,7 @@ class ControllerConfig(BaseModel):
         *,
         max_lanes: int | None,
         block_tokens: int,
+        start_timeout_s: float,
     ) -> ControllerSettings:
         """Return what the controller is made with."""
         return ControllerSettings(
@@ -53,5 +57,6 @@ class ControllerConfig(BaseModel):
             half_step=self.half_step,
             max_lanes=max_lanes,
             block_tokens=block_tokens,
+            move_deadline_s=start_timeout_s + _MOVE_GRACE_S,
             trial_window_s=2 * self.window_s,
         )

@@ -89,6 +89,7 @@ class Supervisor:
                 config.plan.headroom_fraction,
                 max_lanes=config.plan.max_lanes,
                 block_tokens=config.engine.kv_block_tokens,
+                start_timeout_s=config.ray.start_timeout_s,
             ),
             in_force=plan,
         )

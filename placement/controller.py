@@ -136,7 +136,8 @@ class Controller:
         if isinstance(event, StagesMeasured | PlanRequested):
             is_requested = isinstance(event, PlanRequested)
             commands += self._improve(is_requested=is_requested)
-            if not commands and (is_requested or not self._has_fitted_lanes):
+            looks_at_lanes = is_requested or not self._has_fitted_lanes
+            if not commands and self._trial is None and looks_at_lanes:
                 commands += self._fit_lanes()
         return commands + self._release()
 
@@ -341,7 +342,7 @@ class Controller:
         if wanted := self._standing.roll_back_to:
             plan = self._targets.priced(wanted, topology)
             if plan is not None:
-                is_recovery = bool(self._standing.lost)
+                is_recovery = bool(self._standing.lost) or self._standing.is_unsure
                 return self._send(plan, reason, is_recovery=is_recovery, is_roll_back=True)
         has_failed = self._patience.backoff_s(cut_of(best), self._now_s) > 0
         plan = self._options.mended(topology, best, has_failed=has_failed)

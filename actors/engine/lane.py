@@ -139,6 +139,8 @@ class LaneCore:
     def go_on(self, epoch: int, *, recompute: bool) -> None:
         """Go on with the stages of another plan; see `Scheduler.use_epoch`."""
         self._scheduler.use_epoch(epoch, recompute=recompute)
+        if recompute:
+            self._in_flight = None
         self.release()
 
     def release(self) -> None:

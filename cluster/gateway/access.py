@@ -87,7 +87,7 @@ class Usage:
         `num_unheard` are those of the client that go on although it has left them.
         """
         self._check_number(self.num_running + num_unheard, "prompts run")
-        if self._tokens is not None:
+        if self._tokens is not None and num_tokens:
             wait_s = self._tokens.wait_s(num_tokens, now_s)
             if wait_s > 0:
                 raise RateLimited(

@@ -192,7 +192,9 @@ class Standing:
         if pending.is_roll_back:
             self.roll_back_to = cut_of(pending.plan)
         self.is_unsure = self.is_unsure or stands_still
-        if pending.proposal is None:
+        if stands_still and not self._num_failures:
+            self._num_failures, self.retry_at_s = 1, now_s
+        elif stands_still or pending.proposal is None:
             self.wait_to_retry(now_s)
         return pending
 

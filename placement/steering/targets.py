@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from placement.costs import stage_kv_bytes, stage_weight_bytes
-from placement.decode import plan_decode
+from placement.decode import ROUNDING, plan_decode
 from placement.errors import InfeasiblePlanError
 from placement.migrate import MigrationPlan, Outlook, migrate_stages
 from placement.moving.cutover import KvState
@@ -313,8 +313,17 @@ class Targets:
             )
         except InfeasiblePlanError as error:
             return current, str(error)
-        rates = {count.lanes: count.tokens_per_s for count in decode.alternatives if count.fits}
-        best, known = len(decode.lanes), rates.get(current)
+        # Every lane has room for the sequences of the settings, so there are no fewer of them.
+        rates = {
+            count.lanes: count.tokens_per_s
+            for count in decode.alternatives
+            if count.fits and count.lanes >= workload.lanes
+        }
+        if not rates:
+            return current, f"no number from {workload.lanes} on fits"
+        most = max(rates.values())
+        best = min(lanes for lanes, rate in rates.items() if rate >= most * (1 - ROUNDING))
+        known = rates.get(current)
         why = f"{best} lanes are predicted to give {rates[best]:.1f} tokens/s"
         if known is None:
             return best, f"{why}; {current} do not fit"
