@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,9 +33,9 @@ class LinkEffort:
     """Bytes are added until a transfer takes so long beyond `long_round_trips`: then it shows the
     rate."""
     long_round_trips: float
-    takes_best: bool
-    """Of several times the least, not the median: where other traffic may share the link, which
-    only ever slows a message."""
+    takes_least_rtt: bool
+    """Not the median: where other traffic may share the link, which only ever slows a ping. Of
+    transfers always the median: a shaper that has seen a pause lets one pass at once."""
 
 
 THOROUGH = LinkEffort(
@@ -47,19 +46,19 @@ THOROUGH = LinkEffort(
     most_transfer_bytes=16 * 2**20,
     long_s=0.02,
     long_round_trips=10,
-    takes_best=False,
+    takes_least_rtt=False,
 )
 LIGHT = LinkEffort(
     warm_ups=2,
     pings=6,
-    transfers=2,
+    transfers=3,
     least_transfer_bytes=32 * 2**10,
     most_transfer_bytes=2**20,
     long_s=0.01,
     long_round_trips=1,
-    takes_best=True,
+    takes_least_rtt=True,
 )
-"""About 60 ms of the link whatever its rate: 128 KB over 20 Mbit/s."""
+"""About 80 ms of the link whatever its rate: 160 KB over 20 Mbit/s."""
 
 
 class ProbeError(RuntimeError):
@@ -128,7 +127,8 @@ class _Caller:
         """Return the seconds of a round trip without a payload."""
         effort = self._effort
         times = [self.round_trip_s(b"") for _ in range(effort.warm_ups + effort.pings)]
-        return self._typical(times[effort.warm_ups :])
+        del times[: effort.warm_ups]
+        return min(times) if effort.takes_least_rtt else statistics.median(times)
 
     def round_trip_s(self, payload: bytes) -> float:
         """Return the seconds until the peer's short answer to a payload is here."""
@@ -155,10 +155,7 @@ class _Caller:
         while self.round_trip_s(bytes(size)) < long_s and size < effort.most_transfer_bytes:
             size *= 2
         payload = bytes(size)
-        seconds = self._typical([self.round_trip_s(payload) for _ in range(effort.transfers)])
+        seconds = statistics.median(self.round_trip_s(payload) for _ in range(effort.transfers))
         # On a link whose latency hides the transfer, at least what was seen to pass.
         is_seen = seconds - rtt_s > min(rtt_s, effort.long_s / 2)
         return size / (seconds - rtt_s if is_seen else seconds)
-
-    def _typical(self, seconds: Sequence[float]) -> float:
-        return min(seconds) if self._effort.takes_best else statistics.median(seconds)

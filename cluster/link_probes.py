@@ -23,14 +23,20 @@ from actors.fleet import Fleet, Host, remove_folder
 from actors.link_probe import LinkProbeActor
 from actors.link_timer import LIGHT, LinkTimes
 from cluster.config import LinkSpec
-from placement.steering.links import LinkEstimates, Pair, other_pairs, pairs_in_use
+from placement.steering.links import (
+    LinkEstimates,
+    Pair,
+    other_pairs,
+    pairs_around,
+    pairs_in_use,
+)
 from placement.steering.values import LinkMeasured
 from placement.topology import Link, Topology
 
 _log = logging.getLogger(__name__)
 _START_TIMEOUT_S = 60.0
 _PROBE_TIMEOUT_S = 10.0
-"""Enough for 128 KB at 110 kbit/s."""
+"""Enough for a light probe at 150 kbit/s."""
 _LAST_WORDS_S = 5.0
 """For an end to say itself that its time was up."""
 _STOP_TIMEOUT_S = 5.0
@@ -66,11 +72,13 @@ class LinkProbes:
         self._shell = shell
         self._fleet = fleet
         self._topology = topology
-        self._declared = {frozenset((link.source_node, link.target_node)) for link in declared}
+        self._declared = declared
         self._every_s = every_s
         self._estimates = LinkEstimates(topology)
+        self._news: dict[Pair, Link] = {}
+        """What the controller is to be told at the end of the round."""
         self._lock = threading.Lock()
-        """Held while the estimates are used."""
+        """Held while these two are used."""
         self._keys = wire.WireKeys.make()
         self._probes: dict[str, _Probe] = {}
         """By Ray node id."""
@@ -95,6 +103,7 @@ class LinkProbes:
         with self._lock:
             self._topology = topology
             self._estimates.rejoin(node, topology)
+            self._news = {pair: link for pair, link in self._news.items() if node not in pair}
 
     def measured(self) -> tuple[Link, ...]:
         """Return what the links have shown lately."""
@@ -114,51 +123,51 @@ class LinkProbes:
             self._end(list(self._probes.values()))
 
     def _probe_round(self, round_number: int) -> None:
+        """Time the links in use, some others, and those around whatever surprises; then tell all
+        that is new at once."""
         hosts = dict(self._fleet.hosts)
-        pairs = self._pairs(hosts, round_number)
-        self._start_probes({hosts[node].ray_node_id: hosts[node] for node in _nodes(pairs)})
-        for source, target in pairs:
-            caller, answerer = (
-                self._probes.get(hosts[node].ray_node_id) for node in (source, target)
-            )
-            if caller is None or answerer is None or not _are_apart(caller, answerer):
-                continue
-            times = self._time((source, target), caller, answerer)
-            if self._stopping.is_set():
-                return
-            if times is not None:
-                self._observe(source, target, times)
+        in_use = self._pairs_in_use(hosts)
+        usable = {device.node for device in self._topology.devices}
+        usable -= {*self._shell.controller.away, *self._shell.state.drains}
+        queue = [*in_use, *other_pairs(usable, in_use, round_number)]
+        seen: set[Pair] = set()
+        while queue and not self._stopping.is_set():
+            fresh = [pair for pair in dict.fromkeys(queue) if pair not in seen]
+            todo = timed_pairs(fresh, hosts, self._topology, self._declared)
+            seen |= set(fresh)
+            self._start_probes({hosts[node].ray_node_id: hosts[node] for node in _nodes(todo)})
+            surprises = [pair for pair in todo if self._probe(pair, hosts)]
+            queue = [near for pair in surprises for near in pairs_around(pair, _nodes(in_use))]
+        self._tell_news()
 
-    def _pairs(self, hosts: Mapping[str, Host], round_number: int) -> list[Pair]:
-        """Return the links of a round, by the names that plans use."""
-        state, shell = self._shell.state, self._shell
+    def _pairs_in_use(self, hosts: Mapping[str, Host]) -> list[Pair]:
+        """Return the links that steps take, by the names that plans use."""
+        plan = self._shell.state.plan
         devices = {device.node for device in self._topology.devices}
-        lane_node = _same_node(self._fleet.spec.lane_node, devices, hosts)
-        in_use = pairs_in_use([s.node for s in state.plan.stages] if state.plan else [], lane_node)
-        usable = devices - set(shell.controller.away) - set(state.drains)
-        others = other_pairs(usable, in_use, round_number)
-        return [pair for pair in (*in_use, *others) if self._is_timed(pair, hosts)]
+        lane_node = name_among(self._fleet.spec.lane_node, devices, hosts)
+        return pairs_in_use([stage.node for stage in plan.stages] if plan else [], lane_node)
 
-    def _is_timed(self, pair: Pair, hosts: Mapping[str, Host]) -> bool:
-        source, target = (hosts.get(node) for node in pair)
-        return (
-            source is not None
-            and target is not None
-            and source.ray_node_id != target.ray_node_id
-            and frozenset(pair) not in self._declared
-            and self._topology.rate(*pair) is not None
-        )
-
-    def _observe(self, source: str, target: str, times: LinkTimes) -> None:
+    def _probe(self, pair: Pair, hosts: Mapping[str, Host]) -> bool:
+        """Probe a link, where that can be; returns whether it is not as planned with."""
+        caller, answerer = (self._probes.get(hosts[node].ray_node_id) for node in pair)
+        if caller is None or answerer is None or not _are_apart(caller, answerer):
+            return False
+        times = None if self._stopping.is_set() else self._time(pair, caller, answerer)
+        if times is None:
+            return False
         with self._lock:
-            link = self._estimates.observe(
-                source,
-                target,
-                rtt_s=times.rtt_s,
-                bandwidth_bytes_per_s=times.bandwidth_bytes_per_s,
+            finding = self._estimates.observe(
+                *pair, rtt_s=times.rtt_s, bandwidth_bytes_per_s=times.bandwidth_bytes_per_s
             )
-            if link is not None:
+            if finding.link is not None:
+                self._news[pair] = finding.link
+        return finding.is_surprise
+
+    def _tell_news(self) -> None:
+        with self._lock:
+            for link in self._news.values():
                 _tell(self._shell, link)
+            self._news.clear()
 
     def _start_probes(self, hosts: Mapping[str, Host]) -> None:
         """Have a probe listen on each of these nodes (by Ray id), where that can be."""
@@ -169,11 +178,12 @@ class LinkProbes:
                 actor: Any = LinkProbeActor.options(**options).remote()
                 listening = actor.listen.remote(self._keys, host.address)
                 self._probes[ray_node_id] = _Probe(actor, listening)
-        waiting = [probe for probe in self._probes.values() if probe.address is None]
-        self._wait([probe.listening for probe in waiting], _START_TIMEOUT_S)
-        for ray_node_id, probe in list(self._probes.items()):
-            if probe.address is None and not self._stopping.is_set():
-                probe.address = self._result(ray_node_id, probe, probe.listening)
+        waiting = {key: probe for key, probe in self._probes.items() if probe.address is None}
+        self._wait([probe.listening for probe in waiting.values()], _START_TIMEOUT_S)
+        for ray_node_id, probe in waiting.items():
+            if not self._stopping.is_set():
+                what = f"a link of node {hosts[ray_node_id].address}"
+                probe.address = self._result(what, probe, probe.listening)
 
     def _time(self, pair: Pair, caller: _Probe, answerer: _Probe) -> LinkTimes | None:
         """Time one direction; None: it failed, and whoever is to blame is replaced."""
@@ -230,6 +240,39 @@ class LinkProbes:
             _log.warning("%s", message)
 
 
+def timed_pairs(
+    pairs: Sequence[Pair],
+    hosts: Mapping[str, Host],
+    topology: Topology,
+    declared: Collection[LinkSpec],
+) -> list[Pair]:
+    """Return those links that are there to be timed.
+
+    Left out are names of one node, links that are declared (either direction declares both, and who
+    declares a link knows it), and nodes that are declared not to reach each other.
+    """
+    known = {frozenset((link.source_node, link.target_node)) for link in declared}
+    return [
+        (source, target)
+        for source, target in pairs
+        if source in hosts
+        and target in hosts
+        and hosts[source].ray_node_id != hosts[target].ray_node_id
+        and frozenset((source, target)) not in known
+        and topology.rate(source, target) is not None
+    ]
+
+
+def name_among(node: str, names: Collection[str], hosts: Mapping[str, Host]) -> str:
+    """Return the name among `names` of the node that is called `node`; without one, `node`."""
+    same = [
+        name
+        for name in sorted(names)
+        if name in hosts and hosts[name].ray_node_id == hosts[node].ray_node_id
+    ]
+    return node if node in names or not same else same[0]
+
+
 def _nodes(pairs: Sequence[Pair]) -> list[str]:
     return list(dict.fromkeys(node for pair in pairs for node in pair))
 
@@ -238,16 +281,6 @@ def _are_apart(caller: _Probe, answerer: _Probe) -> bool:
     """Whether two probes are there, and on two machines: several Ray nodes may share one."""
     here, there = caller.address, answerer.address
     return here is not None and there is not None and here.machine != there.machine
-
-
-def _same_node(node: str, names: Collection[str], hosts: Mapping[str, Host]) -> str:
-    """Return the name among `names` of the node that is called `node`; else `node`."""
-    same = [
-        name
-        for name in sorted(names)
-        if name in hosts and hosts[name].ray_node_id == hosts[node].ray_node_id
-    ]
-    return node if node in names or not same else same[0]
 
 
 def _tell(shell: ControllerShell, link: Link) -> None:

@@ -4,6 +4,10 @@ A probe shares its link with the deployment's own traffic, which can make the li
 it is and never better. So of the last few probes of a link the largest bandwidth and the least
 round trip count, as in BBR (Cardwell et al., 2016): a link that got better is believed at once, one
 that got worse when every probe of a full window says so.
+
+Links seldom change alone: a node's cable or radio carries all of its own. Were one direction told
+before the others are known, the best plan would merely turn round and cross the same cable the
+other way; so whatever surprises has the links around it timed in the same round.
 """
 
 from __future__ import annotations
@@ -35,6 +39,15 @@ class _Probe(NamedTuple):
     latency_s: float
 
 
+class Finding(NamedTuple):
+    """What a probe has shown."""
+
+    link: Link | None
+    """To plan with from now on; None: as before."""
+    is_surprise: bool
+    """The probe by itself is not what is planned with: see `pairs_around`."""
+
+
 class LinkEstimates:
     """Knows what the controller plans with, and what the last probes of each link have shown.
 
@@ -62,16 +75,16 @@ class LinkEstimates:
 
     def observe(
         self, source: str, target: str, *, rtt_s: float, bandwidth_bytes_per_s: float
-    ) -> Link | None:
-        """Take in a probe; returns the link to plan with from now on, None: as before.
-
-        None also for nodes that are declared not to reach each other, and for one node's own.
-        """
+    ) -> Finding:
+        """Take in a probe. One of a node to itself, or of nodes that are declared not to reach each
+        other, shows nothing."""
         planned = self._planned.rate(source, target)
         if planned is None or source == target:
-            return None
+            return Finding(None, is_surprise=False)
+        probe = _Probe(bandwidth_bytes_per_s, rtt_s / 2)
+        is_surprise = self._is_news(probe, planned)
         probes = self._probes.setdefault((source, target), deque(maxlen=self._num_probes))
-        probes.append(_Probe(bandwidth_bytes_per_s, rtt_s / 2))
+        probes.append(probe)
         link = self._estimate((source, target))
         if len(probes) < self._num_probes:
             link = replace(
@@ -82,10 +95,10 @@ class LinkEstimates:
                 latency_s=min(link.latency_s, planned.latency_s),
             )
         if not self._is_news(link, planned):
-            return None
+            return Finding(None, is_surprise)
         others = [each for each in self._planned.links if _ends(each) != (source, target)]
         self._planned = replace(self._planned, links=(*others, link))
-        return link
+        return Finding(link, is_surprise)
 
     def measured(self) -> tuple[Link, ...]:
         """Return what the probes of every link amount to, by its nodes."""
@@ -110,7 +123,7 @@ class LinkEstimates:
             latency_s=min(probe.latency_s for probe in probes),
         )
 
-    def _is_news(self, link: Link, planned: LinkRate) -> bool:
+    def _is_news(self, link: Link | _Probe, planned: LinkRate) -> bool:
         rates = link.bandwidth_bytes_per_s, planned.bandwidth_bytes_per_s
         if max(rates) > (1 + self._tolerance_fraction) * min(rates):
             return True
@@ -134,6 +147,13 @@ def other_pairs(
         return others
     first = round_number * most
     return [others[(first + index) % len(others)] for index in range(most)]
+
+
+def pairs_around(pair: Pair, nodes: Collection[str]) -> list[Pair]:
+    """Return the links between these nodes and the ends of a link, both ways, but for itself."""
+    near = sorted({*nodes, *pair})
+    around = [each for each in itertools.permutations(near, 2) if set(each) & set(pair)]
+    return [each for each in around if each != pair]
 
 
 def _ends(link: Link) -> Pair:

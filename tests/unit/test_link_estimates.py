@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 
-from placement.steering.links import LinkEstimates, other_pairs, pairs_in_use
+from placement.steering.links import LinkEstimates, other_pairs, pairs_around, pairs_in_use
 from placement.topology import Device, Link, LinkRate, Topology
 
 FAST, SLOW = 100e6, 2e6
@@ -35,8 +35,17 @@ def told(
     estimates: LinkEstimates, *rates: float, pair: str = "ab", rtt_s: float = RTT_S
 ) -> list[float | None]:
     """Return the bandwidth that is told after each probe; None: nothing is told."""
-    links = [estimates.observe(*pair, rtt_s=rtt_s, bandwidth_bytes_per_s=rate) for rate in rates]
+    links = [
+        estimates.observe(*pair, rtt_s=rtt_s, bandwidth_bytes_per_s=rate).link for rate in rates
+    ]
     return [None if link is None else link.bandwidth_bytes_per_s for link in links]
+
+
+def surprises(estimates: LinkEstimates, *rates: float) -> list[bool]:
+    return [
+        estimates.observe("a", "b", rtt_s=RTT_S, bandwidth_bytes_per_s=rate).is_surprise
+        for rate in rates
+    ]
 
 
 def test_a_slower_link_is_told_when_every_probe_of_a_window_says_so() -> None:
@@ -70,12 +79,18 @@ def test_the_least_round_trip_counts_and_small_changes_of_it_do_not() -> None:
     estimates = LinkEstimates(topology())
     probe = {"bandwidth_bytes_per_s": FAST}
     for rtt_s in (0.050, 0.0019, 0.050):
-        assert estimates.observe("a", "b", rtt_s=rtt_s, **probe) is None
-    assert estimates.observe("a", "b", rtt_s=0.050, **probe) is None
-    slow = estimates.observe("a", "b", rtt_s=0.040, **probe)
+        assert estimates.observe("a", "b", rtt_s=rtt_s, **probe).link is None
+    assert estimates.observe("a", "b", rtt_s=0.050, **probe).link is None
+    slow = estimates.observe("a", "b", rtt_s=0.040, **probe).link
     assert slow == Link(
         source_node="a", target_node="b", bandwidth_bytes_per_s=FAST, latency_s=0.020
     )
+
+
+def test_a_probe_surprises_until_it_is_planned_with() -> None:
+    estimates = LinkEstimates(topology())
+    assert surprises(estimates, FAST, SLOW, SLOW, SLOW, SLOW) == [False, True, True, True, False]
+    assert surprises(estimates, FAST, FAST) == [True, False]
 
 
 def test_a_direction_that_was_never_told_is_held_against_the_other_one() -> None:
@@ -143,3 +158,12 @@ def test_rounds_come_to_every_other_link_in_turn() -> None:
     assert set(seen) | set(in_use) == set(itertools.permutations("abcd", 2))
     assert other_pairs("abcd", in_use, 4) == rounds[0]
     assert other_pairs("ab", [("a", "b")], 7) == [("b", "a")]
+
+
+def test_around_a_link_are_its_way_back_and_what_else_its_ends_are_joined_by() -> None:
+    assert pairs_around(("a", "b"), []) == [("b", "a")]
+    around = pairs_around(("d", "a"), ["a", "b", "c"])
+    assert sorted(around) == [
+        ("a", "b"), ("a", "c"), ("a", "d"), ("b", "a"), ("b", "d"), ("c", "a"), ("c", "d"),
+        ("d", "b"), ("d", "c"),
+    ]  # fmt: skip
