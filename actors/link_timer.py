@@ -6,8 +6,10 @@ deadline.
 
 from __future__ import annotations
 
+import secrets
 import statistics
 import time
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from actors import wire
@@ -15,15 +17,48 @@ from actors import wire
 PING = b"ping"
 PONG = b"pong"
 BYE = b"bye"
-_WARM_UPS = 5
-_PINGS = 50
-_TRANSFERS = 7
-_LEAST_TRANSFER_BYTES = 64 * 2**10
-_MOST_TRANSFER_BYTES = 16 * 2**20
-_LONG_TRANSFER_S = 0.02
-"""Bytes are added until a transfer takes so long, and many round trips: then it shows the rate."""
-_LONG_ROUND_TRIPS = 10
 _GOODBYE_S = 0.01
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinkEffort:
+    """How much is sent over a link to time it."""
+
+    warm_ups: int
+    pings: int
+    transfers: int
+    least_transfer_bytes: int
+    most_transfer_bytes: int
+    long_s: float
+    """Bytes are added until a transfer takes so long beyond `long_round_trips`: then it shows the
+    rate."""
+    long_round_trips: float
+    takes_least_rtt: bool
+    """Not the median: where other traffic may share the link, which only ever slows a ping. Of
+    transfers always the median: a shaper that has seen a pause lets one pass at once."""
+
+
+THOROUGH = LinkEffort(
+    warm_ups=5,
+    pings=50,
+    transfers=7,
+    least_transfer_bytes=64 * 2**10,
+    most_transfer_bytes=16 * 2**20,
+    long_s=0.02,
+    long_round_trips=10,
+    takes_least_rtt=False,
+)
+LIGHT = LinkEffort(
+    warm_ups=2,
+    pings=6,
+    transfers=3,
+    least_transfer_bytes=32 * 2**10,
+    most_transfer_bytes=2**20,
+    long_s=0.01,
+    long_round_trips=1,
+    takes_least_rtt=True,
+)
+"""About 80 ms of the link whatever its rate: 160 KB over 20 Mbit/s."""
 
 
 class ProbeError(RuntimeError):
@@ -54,16 +89,17 @@ def answer(inbox: wire.Inbox, outbox: wire.Outbox, timeout_s: float) -> int:
     return answered
 
 
-def time_link(inbox: wire.Inbox, outbox: wire.Outbox, timeout_s: float) -> LinkTimes:
+def time_link(
+    inbox: wire.Inbox, outbox: wire.Outbox, timeout_s: float, effort: LinkEffort = THOROUGH
+) -> LinkTimes:
     """Time messages to a peer that answers.
 
     Raises:
         ProbeError: It did not answer in time.
     """
-    caller = _Caller(inbox, outbox, time.monotonic() + timeout_s)
+    caller = _Caller(inbox, outbox, time.monotonic() + timeout_s, effort)
     try:
-        times = [caller.round_trip_s(b"") for _ in range(_WARM_UPS + _PINGS)]
-        rtt_s = statistics.median(times[_WARM_UPS:])
+        rtt_s = caller.rtt_s()
         rate = caller.bandwidth_bytes_per_s(rtt_s)
         outbox.send([BYE])
         # A socket that is closed at once may take its last message along.
@@ -76,16 +112,28 @@ def time_link(inbox: wire.Inbox, outbox: wire.Outbox, timeout_s: float) -> LinkT
 class _Caller:
     """The side of a link that times."""
 
-    def __init__(self, inbox: wire.Inbox, outbox: wire.Outbox, end_s: float) -> None:
+    def __init__(
+        self, inbox: wire.Inbox, outbox: wire.Outbox, end_s: float, effort: LinkEffort
+    ) -> None:
         self._inbox = inbox
         self._outbox = outbox
         self._end_s = end_s
+        self._effort = effort
         self._sent = 0
+        # Numbers of its own: a late answer to a caller before this one is none to this.
+        self._first = secrets.randbits(32) << 32
+
+    def rtt_s(self) -> float:
+        """Return the seconds of a round trip without a payload."""
+        effort = self._effort
+        times = [self.round_trip_s(b"") for _ in range(effort.warm_ups + effort.pings)]
+        del times[: effort.warm_ups]
+        return min(times) if effort.takes_least_rtt else statistics.median(times)
 
     def round_trip_s(self, payload: bytes) -> float:
         """Return the seconds until the peer's short answer to a payload is here."""
         self._sent += 1
-        number = self._sent.to_bytes(8, "big")
+        number = (self._first + self._sent).to_bytes(8, "big")
         start_s = time.monotonic()
         self._outbox.send([PING, number, payload])
         while (left_s := self._end_s - time.monotonic()) > 0:
@@ -98,12 +146,16 @@ class _Caller:
         )
 
     def bandwidth_bytes_per_s(self, rtt_s: float) -> float:
-        """Return the median rate of messages long enough to show it, their latency taken off."""
-        size = _LEAST_TRANSFER_BYTES
-        long_s = max(_LONG_TRANSFER_S, _LONG_ROUND_TRIPS * rtt_s)
-        while self.round_trip_s(bytes(size)) < long_s and size < _MOST_TRANSFER_BYTES:
+        """Return the rate of messages long enough to show it, their latency taken off."""
+        effort = self._effort
+        size = effort.least_transfer_bytes
+        long_s = effort.long_s + effort.long_round_trips * rtt_s
+        # Opens the window of a connection that was idle, and takes what a shaper lets pass at once.
+        self.round_trip_s(bytes(size))
+        while self.round_trip_s(bytes(size)) < long_s and size < effort.most_transfer_bytes:
             size *= 2
         payload = bytes(size)
-        seconds = statistics.median(self.round_trip_s(payload) for _ in range(_TRANSFERS))
+        seconds = statistics.median(self.round_trip_s(payload) for _ in range(effort.transfers))
         # On a link whose latency hides the transfer, at least what was seen to pass.
-        return size / (seconds - rtt_s if seconds > 2 * rtt_s else seconds)
+        is_seen = seconds - rtt_s > min(rtt_s, effort.long_s / 2)
+        return size / (seconds - rtt_s if is_seen else seconds)

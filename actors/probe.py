@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import ray
 import torch
 
-from actors import wire
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.config import EngineConfig
 from actors.engine.layer_meter import LayerKind, LayerMeter, LayerShape
@@ -20,7 +19,7 @@ from actors.engine.measure import (
     free_card_bytes,
     measure_device,
 )
-from actors.link_timer import LinkTimes, answer, time_link
+from actors.link_probe import LinkProbeWorker
 from placement.measured import LayerSample
 
 
@@ -47,15 +46,14 @@ class MeterSpec:
     effort: Effort
 
 
-class ProbeWorker:
+class ProbeWorker(LinkProbeWorker):
     """Hosts the measurements of one device; call its methods one at a time."""
 
     def __init__(self, kind: str, threads: int) -> None:
+        super().__init__()
         torch.set_num_threads(threads)
         self._device = torch.device("cuda" if kind == "cuda" else "cpu")
         self._meter: LayerMeter | None = None
-        self._inbox: wire.Inbox | None = None
-        self._keys: wire.WireKeys | None = None
 
     def identity(self) -> Identity:
         """Return which device this is."""
@@ -95,38 +93,6 @@ class ProbeWorker:
         """Time the loaded layers at a step of `tokens` rows."""
         assert self._meter is not None
         return self._meter.sample(tokens)
-
-    def listen(self, keys: wire.WireKeys, host: str) -> wire.Address:
-        """Open the probe's inbox on its node's own interface."""
-        if self._inbox is None:
-            self._inbox = wire.Inbox("probe", keys, host=host)
-            self._keys = keys
-        return self._inbox.address
-
-    def echo(self, peer: wire.Address, timeout_s: float) -> int:
-        """Answer the peer's messages until it says goodbye; returns how many there were."""
-        inbox, outbox = self._ends(peer)
-        return answer(inbox, outbox, timeout_s)
-
-    def time_link(self, peer: wire.Address, timeout_s: float) -> LinkTimes:
-        """Time messages to a peer that echoes.
-
-        Raises:
-            ProbeError: It did not answer in time.
-        """
-        inbox, outbox = self._ends(peer)
-        return time_link(inbox, outbox, timeout_s)
-
-    def stop(self) -> None:
-        """Close the sockets. Safe to call twice."""
-        if self._inbox is not None:
-            self._inbox.close()
-            self._inbox = None
-
-    def _ends(self, peer: wire.Address) -> tuple[wire.Inbox, wire.Outbox]:
-        assert self._inbox is not None
-        assert self._keys is not None
-        return self._inbox, wire.Outbox(peer, self._keys)
 
 
 ProbeActor = ray.remote(ProbeWorker)

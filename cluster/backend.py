@@ -193,10 +193,11 @@ class Backend(Protocol):
         """What moves layers is doing, as plain JSON values; None: nothing moves them.
 
         "phase" ("idle", "moving", "trial", "halted"), "epoch", "reason", "draining" (nodes),
-        "factors" (device id: how many times slower than planned) and "moves", the last one last:
-        "at_s" (Unix), "epoch", "from" and "to" (device id: layers), "reason", "predicted_gain" and
-        "measured_gain" (fractions or null), "pause_s" (or null), "outcome" ("kept", "rolled back",
-        "running", "failed", "recovery").
+        "factors" (device id: how many times slower than planned), "links" (as measured while
+        serving: "source_node", "target_node", "bandwidth_bytes_per_s", "latency_s") and "moves",
+        the last one last: "at_s" (Unix), "epoch", "from" and "to" (device id: layers), "reason",
+        "predicted_gain" and "measured_gain" (fractions or null), "pause_s" (or null), "outcome"
+        ("kept", "rolled back", "running", "failed", "recovery").
         """
         ...
 

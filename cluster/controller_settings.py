@@ -29,6 +29,8 @@ class ControllerConfig(BaseModel):
     """A move is taken back when tokens/s after it are below this share of those before."""
     half_step: bool = False
     """Where one slowed device is all the evidence, move half the way first."""
+    link_probe_every_s: float = Field(20.0, ge=0, le=86400)
+    """Between two rounds of timing the links between nodes; 0: they are never timed."""
     silence_timeout_s: float = Field(10.0, ge=1, le=600)
     """An actor that does not answer for so long is lost, and replaced."""
     recovery_timeout_s: float = Field(60.0, ge=0, le=86400)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from cluster.backend import ControllerStatus
 from placement.stages import StagesPlan
 from placement.steering.state import ControllerState, MoveRecord
+from placement.topology import Link
 
 Cut = Mapping[str, int]
 """Device id: number of layers."""
@@ -33,13 +35,14 @@ def controller_status(state: ControllerState) -> ControllerStatus:
 
 
 def controller_document(
-    state: ControllerState, cuts: Mapping[int, Cut], unix_offset_s: float
+    state: ControllerState, cuts: Mapping[int, Cut], links: Sequence[Link], unix_offset_s: float
 ) -> dict[str, Any]:
     """Return what `Backend.controller_json` promises.
 
     Args:
         state: Of this moment.
         cuts: Of the plans that have been in force, by epoch.
+        links: As they have been measured lately.
         unix_offset_s: From the controller's clock to Unix time.
     """
     return {
@@ -48,6 +51,7 @@ def controller_document(
         "reason": state.halt_reason or state.why_not,
         "draining": list(state.drains),
         "factors": dict(state.slowness),
+        "links": [asdict(link) for link in links],
         "moves": [_move(move, cuts, unix_offset_s) for move in state.moves],
     }
 

@@ -27,6 +27,7 @@ from cluster.config import MotleyConfig
 from cluster.controller_log import ControllerLog, controller_log_file
 from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
+from cluster.link_probes import LinkProbes
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
 from cluster.ray_session import joins_cluster
@@ -123,6 +124,10 @@ class Supervisor:
             ),
         )
 
+        self._links = LinkProbes(
+            self._shell, fleet, topology, config.links, every_s=settings.link_probe_every_s
+        )
+
     @property
     def fleet_turn(self) -> Any:
         """A lock to hold while the fleet is used."""
@@ -130,6 +135,7 @@ class Supervisor:
 
     def start(self) -> None:
         self._shell.start()
+        self._links.start()
         self._looking = asyncio.create_task(self._look_at_nodes())
 
     async def stop(self) -> None:
@@ -139,6 +145,7 @@ class Supervisor:
             await asyncio.gather(self._looking, return_exceptions=True)
         if self._giving_up is not None:
             self._giving_up.cancel()
+        await asyncio.to_thread(self._links.stop)
         await asyncio.to_thread(self._shell.stop)
         self._log.close()
 
@@ -146,7 +153,8 @@ class Supervisor:
         return controller_status(self._shell.state)
 
     def document(self) -> dict[str, Any]:
-        return controller_document(self._shell.state, self._cuts, self._unix_offset_s)
+        links = self._links.measured()
+        return controller_document(self._shell.state, self._cuts, links, self._unix_offset_s)
 
     async def would_move(self) -> dict[str, object]:
         plan, verdict = await asyncio.to_thread(self._shell.what_if)
@@ -260,6 +268,7 @@ class Supervisor:
         self._shell.tell(
             lambda now_s: NodeJoined(at_s=now_s, node=node, devices=devices, links=links)
         )
+        self._links.rejoin(node, self._topology)
 
     async def _find_new(self, hosts: dict[str, Host]) -> None:
         """Take in nodes that nobody named, measured shortly."""

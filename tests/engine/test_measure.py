@@ -6,6 +6,7 @@ No clock is judged.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -28,7 +29,7 @@ from actors.engine.measure import (
     measure_device,
     median_s,
 )
-from actors.link_timer import ProbeError, answer, time_link
+from actors.link_timer import LIGHT, PONG, ProbeError, answer, time_link
 from placement.costs import layer_step_s
 from placement.measured import LayerSample
 from placement.profiles import DeviceProfile, LayerTable
@@ -252,6 +253,29 @@ def test_a_link_is_timed_against_an_end_that_answers() -> None:
         assert answering.result(5.0) > 50
     assert times.rtt_s > 0
     assert times.bandwidth_bytes_per_s > 0
+
+
+def test_a_light_probe_of_a_slow_link_is_a_few_short_messages() -> None:
+    with two_ends() as (near, to_far, far, to_near), ThreadPoolExecutor() as pool:
+        answering = pool.submit(answer_slowly, far, to_near)
+        times = time_link(near, to_far, 30.0, LIGHT)
+
+        assert answering.result(5.0) == LIGHT.warm_ups + LIGHT.pings + 2 + LIGHT.transfers
+    assert to_far.bytes_sent < 6 * LIGHT.least_transfer_bytes
+    assert 0 < times.bandwidth_bytes_per_s < LIGHT.least_transfer_bytes / LIGHT.long_s
+
+
+def answer_slowly(inbox: wire.Inbox, outbox: wire.Outbox) -> int:
+    """Answer like an end behind a slow link, after as many late answers to somebody else."""
+    answered = 0
+    while (parts := inbox.receive(30.0)) is not None and len(parts) > 1:
+        outbox.send([PONG, answered.to_bytes(8, "big")])
+        if len(parts[2]):
+            time.sleep(7 * LIGHT.long_s)
+        outbox.send([PONG, bytes(parts[1])])
+        answered += 1
+    outbox.close()
+    return answered
 
 
 def test_an_end_that_does_not_answer_is_told_at_the_deadline() -> None:

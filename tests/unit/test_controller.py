@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 from simulated_fleet import (
+    WINDOW_S,
+    WIRE,
     WORKLOAD,
     SimulatedFleet,
     check_plan,
@@ -46,6 +48,7 @@ from placement.steering.values import (
     event_from_json,
 )
 from placement.topology import Device, Link, LinkRate, Topology
+from placement.workload import ModelProfile
 
 
 def fleet(*device_ids: str, **options: Any) -> SimulatedFleet:
@@ -403,6 +406,63 @@ def test_a_trial_is_void_when_a_device_that_kept_its_layers_changes_speed() -> N
     assert record.outcome == "kept"
     assert record.measured_gain is None
     assert "changed speed" in record.verdict
+
+
+# Links.
+
+
+def slowed_links(node: str, others: str, times: float) -> list[Link]:
+    """Both directions of a node's links, so many times slower than the simulated wire."""
+    return [
+        Link(
+            source_node=source,
+            target_node=target,
+            bandwidth_bytes_per_s=WIRE.bandwidth_bytes_per_s / times,
+            latency_s=WIRE.latency_s,
+        )
+        for other in others
+        for source, target in ((node, other), (other, node))
+    ]
+
+
+def wide_model() -> ModelProfile:
+    """A row takes the wire 2 ms, less than any stage takes for it."""
+    return replace(toy_model(), hidden_bytes_per_token=2000)
+
+
+def test_a_link_that_gets_slow_is_crossed_no_more_after_windows_that_agree() -> None:
+    running = fleet("a", "b", "c", profile=wide_model())
+    assert running.plan is not None
+    assert len(running.plan.stages) == 3
+    for link in slowed_links("c", "ab", 50):
+        running.change_link(link)
+
+    assert running.run(WINDOW_S) == []
+    move = moved(running.run(WINDOW_S))
+    assert set(layers(move)) == {"a", "b"}
+    running.run(60)
+    assert [record.outcome for record in running.controller.state.moves][-1] == "kept"
+
+
+def test_a_link_that_heals_is_crossed_again_and_then_nothing_moves() -> None:
+    running = fleet("a", "b", "c", profile=wide_model())
+    for link in slowed_links("c", "ab", 50):
+        running.change_link(link)
+    running.run(60)
+    for link in slowed_links("c", "ab", 1):
+        running.change_link(link)
+
+    move = moved(running.run(60))
+    assert set(layers(move)) == {"a", "b", "c"}
+    assert running.run(600) == []
+
+
+def test_a_link_whose_figures_scatter_moves_nothing() -> None:
+    running = fleet("a", "b", "c", profile=wide_model())
+    for times in (1.3, 0.7, 1.4, 1.0, 0.8) * 4:
+        for link in slowed_links("c", "ab", times):
+            running.change_link(link)
+        assert running.run(20) == []
 
 
 # Joins, losses, failures.

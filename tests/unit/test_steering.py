@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from cluster.steering import controller_document, controller_status
 from placement.steering.state import ControllerState, MoveRecord, Outcome
+from placement.topology import Link
 
 
 def record(epoch: int, outcome: Outcome, *, is_recovery: bool = False) -> MoveRecord:
@@ -37,7 +38,7 @@ def test_outcomes_are_counted_and_pauses_summed() -> None:
 
 def test_moves_are_shown_with_the_cuts_before_and_after_them() -> None:
     cuts = {0: {"a": 4, "b": 4}, 1: {"a": 3, "b": 5}, 3: {"b": 8}}
-    document = json.loads(json.dumps(controller_document(STATE, cuts, 1000.0)))
+    document = json.loads(json.dumps(controller_document(STATE, cuts, [], 1000.0)))
     assert document["reason"] == "too small a gain"
     assert document["draining"] == ["n"]
     assert document["factors"] == {"a": 2.0}
@@ -48,3 +49,14 @@ def test_moves_are_shown_with_the_cuts_before_and_after_them() -> None:
         (1030.0, {"a": 3, "b": 5}, {"b": 8}, "recovery"),
         (1040.0, {"b": 8}, {}, "running"),
     ]
+
+
+def test_links_are_shown_as_they_were_measured() -> None:
+    link = Link(source_node="n", target_node="m", bandwidth_bytes_per_s=2.5e6, latency_s=0.001)
+    document = json.loads(json.dumps(controller_document(STATE, {}, [link], 0.0)))
+    assert document["links"] == [
+        {
+            "source_node": "n", "target_node": "m", "bandwidth_bytes_per_s": 2.5e6,
+            "latency_s": 0.001,
+        }
+    ]  # fmt: skip

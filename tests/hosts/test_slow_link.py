@@ -1,0 +1,107 @@
+"""A link that gets slow while its deployment serves is noticed, and layers move off its host."""
+
+from __future__ import annotations
+
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+from host_cases import GREEDY, TEXTS, in_one_process, staged
+from host_ray import Asked, HostDeployment, HostRay
+from hosts import wait_until
+from identity import check_identical
+
+SLOWED_BYTES_PER_S = 2e6 / 8
+"""2 Mbit/s: the planned step of 16 rows is 12 KB, and takes it 49 ms; two stages take 27."""
+LANES, SEQUENCES_PER_LANE = 3, 16
+NUM_REQUESTS, IN_FLIGHT = 18, 6
+NOTICED_TIMEOUT_S = 60.0
+ANSWERED_TIMEOUT_S = 120.0
+GONE_TIMEOUT_S = 30.0
+LOOK_EVERY_S = 0.5
+
+pytestmark = pytest.mark.timeout(400)
+
+
+def document(served: HostDeployment) -> dict[str, Any]:
+    with served.http() as client:
+        answer = client.get("/controller")
+    answer.raise_for_status()
+    value: dict[str, Any] = answer.json()["controller"]
+    return value
+
+
+def rates(served: HostDeployment) -> dict[tuple[str, str], float]:
+    """Return the bandwidth of every link that was measured, by its nodes."""
+    return {
+        (link["source_node"], link["target_node"]): link["bandwidth_bytes_per_s"]
+        for link in document(served)["links"]
+    }
+
+
+def nodes(served: HostDeployment) -> set[str]:
+    return {stage["node"] for stage in served.status()["stages"]}
+
+
+def test_layers_move_off_a_host_whose_link_gets_slow(cluster: HostRay) -> None:
+    lan = cluster.hosts
+    near, middle, far = (host.address for host in lan.values())
+    slow = {pair for node in (near, middle) for pair in ((node, far), (far, node))}
+    config = staged(
+        lan,
+        plan={
+            "lanes": LANES, "sequences_per_lane": SEQUENCES_PER_LANE, "context_tokens": 256,
+        },
+        controller={
+            "link_probe_every_s": 1.0, "window_s": 1.0, "cool_down_s": 2.0,
+            # More than a busy machine makes of a stage that has to wait for its processor.
+            "min_gain_fraction": 0.5,
+        },
+    )  # fmt: skip
+    expected = in_one_process(TEXTS, GREEDY["max_tokens"])
+    with cluster.serving(config) as served, ThreadPoolExecutor(IN_FLIGHT) as clients:
+
+        def ask(index: int) -> Asked:
+            request = Asked(served, TEXTS[index % len(TEXTS)], **GREEDY)
+            request.wait(ANSWERED_TIMEOUT_S)
+            return request
+
+        assert nodes(served) == {near, middle, far}
+        wait_until(lambda: slow <= rates(served).keys(), NOTICED_TIMEOUT_S, every_s=LOOK_EVERY_S)
+        assert min(rates(served).values()) > 4 * SLOWED_BYTES_PER_S
+        asked = [clients.submit(ask, index) for index in range(NUM_REQUESTS)]
+
+        # Its probe is started again: the link is found slow all the same.
+        assert lan["h0"].signal(signal.SIGKILL, b"ray::LinkProbeWorker") == 1
+        lan["h2"].shape(SLOWED_BYTES_PER_S)
+        wait_until(
+            lambda: far not in nodes(served),
+            NOTICED_TIMEOUT_S,
+            lambda: document(served),
+            every_s=LOOK_EVERY_S,
+        )
+        assert not all(request.done() for request in asked)
+        wait_until(
+            lambda: max(rates(served)[way] for way in slow) < 1.2 * SLOWED_BYTES_PER_S,
+            NOTICED_TIMEOUT_S,
+            lambda: rates(served),
+            every_s=LOOK_EVERY_S,
+        )
+        seen = rates(served)
+        answers = [request.result(ANSWERED_TIMEOUT_S) for request in asked]
+    assert [answer.error for answer in answers] == [None] * NUM_REQUESTS
+    check_identical(
+        [expected[index % len(TEXTS)] for index in range(NUM_REQUESTS)],
+        [answer.tokens for answer in answers],
+    )
+    assert min(seen[way] for way in slow) > 0.25 * SLOWED_BYTES_PER_S
+    assert min(seen[near, middle], seen[middle, near]) > 4 * SLOWED_BYTES_PER_S
+    assert served.up.poll() == 0, served.up.output
+    assert served.up.output.count("its probe is started again") == 1
+    for host in lan.values():
+        wait_until(
+            lambda host=host: not host.processes(b"ray::LinkProbeWorker"),  # type: ignore[misc]
+            GONE_TIMEOUT_S,
+        )
+        assert list(host.folder.glob("motley-*")) == []
