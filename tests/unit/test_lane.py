@@ -242,7 +242,7 @@ def test_a_choice_that_stops_leaves_the_others_running() -> None:
 
 @given(
     texts=st.lists(st.text("ab \u00e9\U0001f680", min_size=1, max_size=8), min_size=1, max_size=4),
-    num_blocks=st.integers(8, 20),
+    num_blocks=st.integers(12, 20),
     max_tokens=st.integers(0, 16),
     data=st.data(),
 )
