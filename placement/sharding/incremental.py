@@ -48,6 +48,8 @@ class LayerReplan:
     layout: Layout
     num_loads: int
     """Copies that their devices do not hold yet."""
+    is_for_spread: bool
+    """Some are there to put a hottest expert on a second node."""
     old_s: float
     """Slowest device per step with exact weights, as held."""
     new_s: float
@@ -81,6 +83,7 @@ def replan_layer(
     return LayerReplan(
         layout=settle(best, held),
         num_loads=_num_loads(best, held),
+        is_for_spread=_num_loads(start, held) > 0,
         old_s=old_s,
         new_s=best.bottleneck_s,
         bound_s=min(problem.bound_s, best.bottleneck_s),
