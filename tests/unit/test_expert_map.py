@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.experts import ExpertDevice, plan_experts
@@ -115,6 +115,7 @@ def test_rows_are_divided_by_largest_remainder_and_in_order() -> None:
     assert table.devices_of_rows(experts, rows_R).tolist() == [0, 0, 1, 1, 1, 0, 1, 1]
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_row_goes_to_a_holder_of_its_expert_and_shares_are_met(data: st.DataObject) -> None:
     num_experts, num_devices = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))

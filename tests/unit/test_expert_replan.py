@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.experts import ExpertDevice, layer_problems, plan_experts
@@ -75,6 +75,7 @@ def test_the_hottest_are_put_on_two_nodes_and_stay_there() -> None:
     assert replan_layer(problem, made.layout, devices, terms).num_loads == 0
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_every_layout_of_a_change_holds_every_expert_and_fits(data: st.DataObject) -> None:
     num_devices, num_experts = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 8))

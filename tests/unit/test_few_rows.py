@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.sharding.few_rows import (
@@ -56,6 +56,7 @@ def test_no_expert_is_activated() -> None:
     assert choose_replicas([], [[0]], costs("a")) == {}
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_no_choice_takes_less(data: st.DataObject) -> None:
     num_devices = data.draw(st.integers(1, 4))
