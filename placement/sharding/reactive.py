@@ -166,7 +166,8 @@ class _Work:
             return False
         if expert in self._held[target] or self._num_taken[target] >= self._terms.num_buffers:
             return False
-        return self._copied_s(source, target) <= min(self._static_s[source], self._static_s[target])
+        hidden_s = min(self._static_s[source], self._static_s[target])
+        return bool(self._copied_s(source, target) <= hidden_s)
 
     def _copied_s(self, source: int, target: int) -> float:
         """Return when one more copy would end: a device takes part in one at a time."""

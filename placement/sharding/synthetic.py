@@ -149,7 +149,8 @@ class _Router:
             turned = 0.5 * math.pi * step / (recipe.num_steps - 1)
             mean = self._before_E.mean()
             before_E, after_E = self._before_E - mean, self._after_E - mean
-            return math.cos(turned) * before_E + math.sin(turned) * after_E
+            arc_E: NDArray[np.float64] = math.cos(turned) * before_E + math.sin(turned) * after_E
+            return arc_E
         return self._before_E
 
     def _keep(self, keys_NE: Float, rng: np.random.Generator) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import zipfile
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,15 +66,15 @@ class ExpertTrace:
 
     @property
     def num_steps(self) -> int:
-        return self.rows_SLE.shape[0]
+        return int(self.rows_SLE.shape[0])
 
     @property
     def num_layers(self) -> int:
-        return self.rows_SLE.shape[1]
+        return int(self.rows_SLE.shape[1])
 
     @property
     def num_experts(self) -> int:
-        return self.rows_SLE.shape[2]
+        return int(self.rows_SLE.shape[2])
 
     def to_bytes(self) -> bytes:
         """Return the archive that `from_bytes` reads."""
@@ -98,13 +98,12 @@ class ExpertTrace:
             ValueError: It is no trace, of another format, too large, or one that cannot be.
         """
         arrays = _arrays(data)
+        rows: NDArray[Any] = arrays["rows"]
         return cls(
             name=str(arrays["name"]),
             phase=str(arrays["phase"]),  # type: ignore[arg-type]  # checked by the class
             top_k=_whole(arrays, "top_k"),
-            rows_SLE=arrays["rows"].astype(np.int64)
-            if arrays["rows"].dtype.kind in "iu"
-            else arrays["rows"],
+            rows_SLE=rows.astype(np.int64) if rows.dtype.kind in "iu" else rows,
             losses=_losses(arrays["losses"]),
         )
 
