@@ -51,12 +51,7 @@ def recover(
     Raises:
         InfeasiblePlanError: The devices cannot hold one copy of every expert.
     """
-    num_slots = sum(device.slots_per_layer for device in devices)
-    if num_slots < known.num_experts:
-        raise InfeasiblePlanError(
-            f"{len(devices)} expert devices offer {num_slots} slots a layer and a copy of each of "
-            f"{known.num_experts} experts needs as many; add a device, or raise slots_per_layer"
-        )
+    check_slots(devices, known.num_experts)
     layers, reloads = [], []
     position = {device_id: index for index, device_id in enumerate(known.device_ids)}
     for index, problem in enumerate(layer_problems(rows_LE, devices, objective)):
@@ -76,6 +71,20 @@ def recover(
         ]
     made = replace(known, version=known.version + 1, devices=tuple(devices), layers=tuple(layers))
     return Recovery(map=made, reloads=tuple(reloads))
+
+
+def check_slots(devices: Sequence[ExpertDevice], num_experts: int) -> None:
+    """Refuse devices that cannot hold one copy of every expert of a layer.
+
+    Raises:
+        InfeasiblePlanError: They cannot.
+    """
+    num_slots = sum(device.slots_per_layer for device in devices)
+    if num_slots < num_experts:
+        raise InfeasiblePlanError(
+            f"{len(devices)} expert devices offer {num_slots} slots a layer and a copy of each of "
+            f"{num_experts} experts needs as many; add a device, or raise slots_per_layer"
+        )
 
 
 def _hottest(experts: Sequence[int], loads: Sequence[float], slots: int) -> frozenset[int]:
