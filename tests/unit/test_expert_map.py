@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.experts import ExpertDevice, plan_experts
+from placement.packing.weights import solve_weights
 from placement.sharding.expert_map import ExpertMap, LayerMap, weighted_layer
 from placement.sharding.routing import RoutingTable
 
@@ -135,6 +136,12 @@ def test_every_row_goes_to_a_holder_of_its_expert_and_shares_are_met(data: st.Da
             expert_N, table.devices_of_rows(expert_N, rows_R), strict=True
         ):
             assert expert in held[device_index]
+    speeds = [1.0] * num_devices
+    best = solve_weights(table.holders(), rows_E.tolist(), speeds).bottleneck_s
+    # Every replica is off by less than a row.
+    slack = np.bincount(table.device_R).max()
+    balanced_R = table.balanced_rows(rows_E, speeds)
+    assert best - 1e-9 <= table.device_rows(balanced_R).max() <= best + slack
     quota_R = rows_E[table.expert_R] * table.weight_R
     assert (np.abs(table.split(rows_E) - quota_R) < 1 + 1e-9).all()
 
