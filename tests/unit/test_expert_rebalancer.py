@@ -255,7 +255,7 @@ class RebalancingMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.fleet = Fleet(rebalancer())
+        self.fleet = Fleet(rebalancer(cool_down_steps=1))
         self.of = self.fleet.of
         self.alive = {one.id: one for one in FLEET}
         self.num_joined = 0
@@ -288,6 +288,18 @@ class RebalancingMachine(RuleBasedStateMachine):
     def step(self) -> None:
         self.step_bytes = 0
         self.note(self.fleet.tell(StepsDone()))
+
+    @rule(cycles=st.integers(1, 12))
+    def go_on(self, cycles: int) -> None:
+        """Steps in which nothing fails."""
+        for _ in range(cycles):
+            self.step()
+            for move in tuple(self.fleet.moves):
+                self.note(self.fleet.copy(move))
+            if self.fleet.told:
+                self.note(self.fleet.use_map())
+            self.every_expert_of_the_map_in_force_is_whole_or_on_its_way()
+            self.memory_holds_slots_and_staging()
 
     @precondition(lambda self: self.fleet.moves)
     @rule(data=st.data())
@@ -380,6 +392,11 @@ class RebalancingMachine(RuleBasedStateMachine):
         for one in self.alive.values():
             held = sum(1 for key in self.fleet.bytes_of if key[0] == one.id)
             assert held <= one.slots_per_layer * NUM_LAYERS + 1
+
+    @invariant()
+    def nothing_half_loaded_is_left_behind(self) -> None:
+        if not self.of.is_moving and not self.fleet.moves:
+            assert set(self.fleet.bytes_of.values()) <= {EXPERT_BYTES}
 
     @invariant()
     def it_halts_exactly_when_the_slots_do_not_hold_every_expert(self) -> None:
