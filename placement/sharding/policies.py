@@ -4,7 +4,8 @@
 - `EplbPolicy`: DeepSeek's balancer as vLLM runs it by default: the sum of the last 1000 steps is
   re-planned from scratch every 3000 steps, for the first time after 3/4 of that; equal devices,
   equal slots (as many as the fleet has in all, wherever its memory is), equal shares.
-- `MotleyPolicy`: `placement.sharding.rebalancer`, with the rows of a step divided for that step.
+- `MotleyPolicy`: `placement.sharding.rebalancer`, with the rows of a step divided
+  for that step, or by the map's weights.
 
 Simulated: a copy is there one step after it was asked for, a map is in force at the next step.
 Copies under the budget are taken to hide behind steps; EPLB's exchange and the reload of lost
@@ -195,8 +196,10 @@ class MotleyPolicy:
         *,
         window_steps: int,
         measure_every_steps: int,
+        divides_each_step: bool = True,
     ) -> None:
         self.name = "motley"
+        self._divides_each_step = divides_each_step
         self.moved_bytes, self.pause_s = 0, 0.0
         self._settings = settings
         self._rebalancer = ExpertRebalancer(current, settings)
@@ -236,8 +239,10 @@ class MotleyPolicy:
                 [chosen.get(expert, -1) for expert in table.expert_R.tolist()]
             )
             rows_R = rows_E[table.expert_R] * is_chosen_R
-        else:
+        elif self._divides_each_step:
             rows_R = table.balanced_rows(rows_E, self._speeds)
+        else:
+            rows_R = table.split(rows_E)
         return layer_device_s(table, rows_R, self.map.devices, counts_reads=counts_reads)
 
     def step_done(self, rows_LE: Rows) -> None:

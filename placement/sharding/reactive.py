@@ -93,24 +93,17 @@ def plan_reactive(
 ) -> ReactivePlan:
     """Level the devices of every node for one step, as far as copies hide.
 
-    The busiest device gives its largest dynamic expert that has not moved to the device of its node
-    that ends first, if both then end before it would have; repeated until nothing helps. `rows_R`
-    are the rows of each replica. Ties go to the lower position. O(moves x (replicas + devices)).
+    The device that ends last gives its largest dynamic expert that has not moved to the device of
+    its node that would end first with it, if that is before it would have itself; repeated until
+    it has none to give. `rows_R` are the rows of each replica. Ties go to the lower position.
+    O(moves x devices x experts that may move).
     """
     work = _Work(table, rows_R, devices, terms)
     before_s = tuple(work.finish_s.tolist())
     moves = []
-    stuck: set[int] = set()
-    while len(stuck) < len(devices):
-        source = max(
-            (d for d in range(len(devices)) if d not in stuck), key=lambda d: work.finish_s[d]
-        )
-        move = work.best_move(source)
-        if move is None:
-            stuck.add(source)
-        else:
-            work.apply(move)
-            moves.append(move)
+    while move := work.best_move(int(work.finish_s.argmax())):
+        work.apply(move)
+        moves.append(move)
     return ReactivePlan(
         moves=tuple(moves), before_s=before_s, after_s=tuple(work.finish_s.tolist())
     )

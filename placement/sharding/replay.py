@@ -93,10 +93,13 @@ def replay(
     *,
     window_steps: int = DEFAULT_WINDOW_STEPS,
     measure_every_steps: int = 16,
+    divides_each_step: bool = True,
 ) -> list[ReplayRun]:
     """Run a trace under no rebalancing, under EPLB and under Motley, on the same fleet.
 
     Motley and "none" begin with the plan for equal loads. A decode trace counts expert reads.
+    `divides_each_step`: Motley weighs replicas anew for the rows of every step; otherwise it uses
+    the weights of its map, which follow the window.
 
     Raises:
         InfeasiblePlanError: The devices do not hold one copy of every expert, from the start or
@@ -123,6 +126,7 @@ def replay(
             settings,
             window_steps=window_steps,
             measure_every_steps=measure_every_steps,
+            divides_each_step=divides_each_step,
         ),
     ]
     ideal_S, optimum_S = _best_of_steps(trace, current.devices, settings)

@@ -17,12 +17,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from figures import Figure, report
 
-from placement.experts import ExpertDevice
+from placement.experts import ExpertDevice, plan_experts
 from placement.sharding.decision import RebalanceSettings
+from placement.sharding.expert_map import ExpertMap
 from placement.sharding.fleets import HOME_LAB_ROWS_PER_S, proportional_fleet
 from placement.sharding.loads import DEFAULT_WINDOW_STEPS
 from placement.sharding.policies import EplbPolicy
+from placement.sharding.reactive import ReactiveTerms, break_even_rows, plan_reactive
 from placement.sharding.replay import ReplayRun, replay
+from placement.sharding.routing import RoutingTable
 from placement.sharding.synthetic import TraceRecipe, make_trace
 from placement.sharding.traces import ExpertTrace
 
@@ -79,6 +82,8 @@ def main() -> None:
     )
     for recipe in others:
         played(replace(recipe, num_layers=layers), 0)
+    print_alternatives(static[0], swap[0])
+    print_reactive(seed=1, num_steps=100 if quick else 200)
     figures = [static_figure(static), *swap_figures(swap)]
     print()
     report(figures)
@@ -155,6 +160,56 @@ def swap_figures(cases: Sequence[Case]) -> list[Figure]:
             kind="simulated",
         ),
     ]
+
+
+def print_alternatives(static: Case, swap: Case) -> None:
+    """What weights of the window do in place of weights for each step; EPLB on equal devices."""
+    run = replay(swap.trace, swap.fleet, SETTINGS, divides_each_step=False)[-1]
+    by_window, by_step = (
+        one.regret(swap.half + WINDOW, swap.trace.num_steps) for one in (run, swap.runs["motley"])
+    )
+    print(
+        f"  {swap.title}, a window after the swap: {by_window:.1%} above the optimum by weights "
+        f"of the window, {by_step:.1%} by weights for each step"
+    )
+    fleet = proportional_fleet((1e5,) * 8, static.trace.num_experts)
+    runs = {one.policy: one for one in replay(static.trace, fleet, SETTINGS)}
+    equal = replace(static, fleet=fleet, runs=runs)
+    print(
+        f"  {static.title}, eight equal devices, balancedness after one window: "
+        f"{equal.balancedness('motley', WINDOW):.3f}, EPLB on the same loads "
+        f"{eplb_balancedness(equal):.3f}"
+    )
+
+
+def print_reactive(*, seed: int, num_steps: int) -> None:
+    """Experts that change devices for one step, beside the placement for the mean of all steps."""
+    recipe = replace(STATIC, num_layers=1, num_steps=num_steps, domain_sigma=1.0, noise_sigma=0.6)
+    fleet = [
+        replace(device, node=f"node{index // 4}")
+        for index, device in enumerate(proportional_fleet(HOME_LAB_ROWS_PER_S, 128))
+    ]
+    rows_SE = make_trace(recipe, seed).rows_SLE[:, 0]
+    plan = plan_experts(rows_SE.mean(axis=0)[None], fleet, expert_bytes=EXPERT_BYTES)
+    current = ExpertMap.from_plan(plan, fleet, checkpoint="bench")
+    table = RoutingTable.of_layer(current.layers[0], 128)
+    speeds = [device.rows_per_s for device in current.devices]
+    n_star = round(break_even_rows(768, weight_bytes=2.0, activation_bytes=2.0))
+    for least_rows in (128, 512, n_star):
+        terms = ReactiveTerms(
+            least_rows=least_rows, copy_s={device.node: 0.38e-3 for device in fleet}
+        )
+        plans = [
+            plan_reactive(table, table.balanced_rows(rows_E, speeds), current.devices, terms)
+            for rows_E in rows_SE
+        ]
+        ideal_s = float(rows_SE.sum()) / sum(speeds)
+        print(
+            f"  very mixed text, 4 devices a node, experts of {least_rows} rows may move: "
+            f"{ideal_s / sum(max(made.before_s) for made in plans):.3f} becomes "
+            f"{ideal_s / sum(max(made.after_s) for made in plans):.3f} with "
+            f"{sum(len(made.moves) for made in plans) / len(plans):.2f} moves a step"
+        )
 
 
 def recovery_steps(case: Case) -> int:
