@@ -104,7 +104,8 @@ class UseMap:
     map: ExpertMap
     reason: str
     is_recovery: bool = False
-    """Some experts may still be on their way; their rows wait."""
+    """Some experts may still be on their way: they are asked for once it is in force, and rows for
+    them wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,11 +80,7 @@ class ExpertRebalancer:
         self.last_decision: RebalanceDecision | None = None
         self._settings = settings
         self._devices = list(current.devices)
-        self._held = {
-            _Copy(device_id, piece)
-            for device_id in current.device_ids
-            for piece in _pieces(current, device_id)
-        }
+        self._held = _copies(current)
         self._told: ExpertMap | None = None
         self._last_version = current.version
         self._is_recovering = False
@@ -388,17 +384,10 @@ def _release(copy: _Copy) -> Release:
     return Release(device_id=copy.device_id, piece=copy.piece)
 
 
-def _pieces(current: ExpertMap, device_id: str) -> list[Piece]:
-    return [
-        Piece(part="expert", layer=layer, expert=expert)
-        for layer, experts in enumerate(current.held(device_id))
-        for expert in sorted(experts)
-    ]
-
-
 def _copies(current: ExpertMap) -> set[_Copy]:
     return {
-        _Copy(device_id, piece)
-        for device_id in current.device_ids
-        for piece in _pieces(current, device_id)
+        _Copy(device.id, Piece(part="expert", layer=index, expert=expert))
+        for index, layer in enumerate(current.layers)
+        for device, experts in zip(current.devices, layer.experts, strict=True)
+        for expert in experts
     }
