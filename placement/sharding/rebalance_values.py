@@ -71,7 +71,11 @@ class ExpertDeviceLost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertDeviceJoined:
-    """A device offers slots; it holds nothing."""
+    """A device offers slots and holds nothing; or one that is known has other rates or slots.
+
+    A known one keeps what it holds (tell that it is lost first if it does not), and a rebalancing
+    that goes on is given up: tell rates that changed much, not every measurement.
+    """
 
     device: ExpertDevice
 

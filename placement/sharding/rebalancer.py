@@ -304,6 +304,7 @@ class ExpertRebalancer:
         if self._is_recovering:
             return self._halt(f"map {event.version} was refused: {event.reason}")
         self._told = None
+        self._devices = list(self.map.devices)
         return self._abandon()
 
     def _copy_failed(self, event: CopyFailed) -> list[ExpertCommand]:
@@ -349,16 +350,14 @@ class ExpertRebalancer:
         return self._regroup(left, f"{event.device_id} is lost: {event.reason}")
 
     def _joined(self, device: ExpertDevice) -> list[ExpertCommand]:
-        if any(known.id == device.id for known in self._devices):
-            raise ValueError(
-                f"{device.id} joins and is there already; tell that it is lost before it joins anew"
-            )
+        others = [known for known in self._devices if known.id != device.id]
+        is_known = len(others) < len(self._devices)
         if not device.slots_per_layer:
-            return []
-        order = sorted([*self._devices, device], key=lambda known: (known.node, known.id))
-        self._devices = order
+            return self._lost(ExpertDeviceLost(device_id=device.id, reason="it offers no slot"))
+        self._devices = sorted([*others, device], key=lambda known: (known.node, known.id))
         self._is_forced = True
-        return self._regroup(order, f"{device.id} has joined")
+        why = "has other figures" if is_known else "has joined"
+        return self._regroup(self._devices, f"{device.id} {why}")
 
     def _regroup(self, devices: Sequence[ExpertDevice], why: str) -> list[ExpertCommand]:
         """Go on with these devices: a new map, and reloads once it is in force."""
@@ -370,8 +369,9 @@ class ExpertRebalancer:
         self.halted = None
         self._attempts.clear()
         self._cool_steps = 0
+        is_loss = not set(self.map.device_ids) <= set(made.map.device_ids)
         reason = f"{why}; {len(made.reloads)} experts are read again"
-        return [*commands, *self._tell(made.map, reason, is_recovery=True)]
+        return [*commands, *self._tell(made.map, reason, is_recovery=is_loss)]
 
     def _halt(self, reason: str) -> list[ExpertCommand]:
         self.halted = reason

@@ -222,6 +222,36 @@ def test_too_few_slots_halt_until_a_device_joins() -> None:
     assert fleet.of.missing == ()
 
 
+def test_other_rates_give_other_weights_and_a_plan() -> None:
+    fleet = Fleet(rebalancer())
+    before = fleet.of.map
+    slow = device("a", speed=0.5)
+    [told] = fleet.tell(ExpertDeviceJoined(device=slow))
+    assert isinstance(told, UseMap)
+    assert not told.is_recovery
+    assert "a has other figures; 0 experts are read again" in told.reason
+    assert told.map.devices[0] == slow
+    assert [layer.experts for layer in told.map.layers] == [
+        layer.experts for layer in before.layers
+    ]
+    fleet.use_map()
+    # Planned anew, though nothing else asks for it.
+    fleet.tell(measured([ZIPF] * NUM_LAYERS))
+    assert fleet.of.last_decision is not None
+    assert "copies in" in fleet.of.last_decision.reason
+
+
+def test_a_refused_join_leaves_the_fleet_as_it_was() -> None:
+    fleet = Fleet(rebalancer())
+    [told] = fleet.tell(ExpertDeviceJoined(device=device("d")))
+    assert isinstance(told, UseMap)
+    assert fleet.tell(MapRefused(version=told.map.version, reason="d is of another version")) == []
+    assert fleet.of.halted is None
+    [again] = fleet.tell(ExpertDeviceLost(device_id="c", reason="killed"))
+    assert isinstance(again, UseMap)
+    assert again.map.device_ids == ("a", "b")
+
+
 def test_a_reload_that_keeps_failing_gives_its_device_up() -> None:
     fleet = Fleet(rebalancer(max_reload_attempts=2))
     fleet.tell(ExpertDeviceLost(device_id="a", reason="killed"))
@@ -336,6 +366,8 @@ class RebalancingMachine(RuleBasedStateMachine):
         before = self.of.map
         self.note(self.fleet.tell(MapRefused(version=told.map.version, reason="refused")))
         assert self.of.map == before
+        # Devices that joined with it are not part of the fleet, and rates are those of before.
+        self.alive = {one.id: one for one in before.devices}
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -357,6 +389,14 @@ class RebalancingMachine(RuleBasedStateMachine):
     def join(self, slots: int, speed: float, node: str) -> None:
         self.num_joined += 1
         new = device(f"j{self.num_joined}", slots=slots, speed=speed, node=node)
+        self.alive[new.id] = new
+        self.note(self.fleet.tell(ExpertDeviceJoined(device=new)))
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data(), speed=st.sampled_from([0.3, 1.0, 4.0]), slots=st.integers(3, 6))
+    def remeasure(self, data: st.DataObject, speed: float, slots: int) -> None:
+        old = self.alive[data.draw(st.sampled_from(sorted(self.alive)))]
+        new = device(old.id, slots=slots, speed=speed, node=old.node)
         self.alive[new.id] = new
         self.note(self.fleet.tell(ExpertDeviceJoined(device=new)))
 
