@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from cluster.commands.bench import bench_app
 from cluster.commands.keys import keys_app
 from cluster.commands.options import (
     ConfigOption,
@@ -51,6 +52,7 @@ app = typer.Typer(
 )
 
 
+app.add_typer(bench_app, name="bench")
 app.add_typer(keys_app, name="keys")
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "ExpertPlan",
     "Holding",
     "LayerExperts",
+    "layer_problems",
     "plan_experts",
     "slots_from_memory",
 ]
@@ -97,7 +98,7 @@ def plan_experts(
     devices = sorted(devices, key=lambda device: (device.node, device.id))
     _check_devices(devices, load_rows.shape[1], expert_bytes)
     usable = [device for device in devices if device.slots_per_layer]
-    problems = _problems(load_rows, usable, objective)
+    problems = layer_problems(load_rows, usable, objective)
     if mode == "eplb":
         shares = _eplb_shares(problems, usable, num_groups)
         layers = [_layer(*pair, usable) for pair in zip(problems, shares, strict=True)]
@@ -160,9 +161,10 @@ def _check_devices(devices: Sequence[ExpertDevice], num_experts: int, expert_byt
         )
 
 
-def _problems(
+def layer_problems(
     load_rows: NDArray[np.float64], devices: Sequence[ExpertDevice], objective: ExpertObjective
 ) -> list[LayerProblem]:
+    """Return every layer's loads, speeds and slots as the objective counts them."""
     speeds = [device.rows_per_s for device in devices]
     if objective == "activated":
         load_rows = -np.expm1(-load_rows)
@@ -236,16 +238,9 @@ def _motley_layer(
     if hottest:
         state = spread_experts(state, nodes, hottest, max_trials)
     # Without the replicas that the search found to carry nothing.
-    rows = solve_weights(state.holders, problem.loads, problem.speeds).rows
+    weights = solve_weights(state.holders, problem.loads, problem.speeds)
     alone = tuple(e for e in hottest if not on_two_nodes(state.holders[e], nodes))
-    return _layer(problem, [_shares(by) for by in rows], devices, not_spread=alone)
-
-
-def _shares(rows: Mapping[int, float]) -> dict[int, float]:
-    total = math.fsum(rows.values())
-    if total <= 0:
-        return dict.fromkeys(rows, 1.0 / len(rows))
-    return {device: part / total for device, part in rows.items()}
+    return _layer(problem, weights.shares(), devices, not_spread=alone)
 
 
 def _eplb_num_slots(problem: LayerProblem) -> int:

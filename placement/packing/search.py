@@ -14,7 +14,7 @@ lower device, then the lower expert.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -157,19 +157,26 @@ def _best(states: Sequence[LayerState]) -> LayerState:
 
 def descend(state: LayerState, trials: Trials) -> LayerState:
     """Apply the first change in order of score that is an improvement, until there is none."""
-    improved = True
-    while improved and not state.is_optimal:
-        improved = False
+    for improved in improvements(state, trials):
+        state = improved
+    return state
+
+
+def improvements(state: LayerState, trials: Trials) -> Iterator[LayerState]:
+    """Yield the ever better placements of a descent, each one change from the one before."""
+    while not state.is_optimal:
         for change in _Changes(state).best():
             if change.score_s >= state.bottleneck_s * (1.0 - MET):
                 continue
             if not trials.take():
-                return state
+                return
             tried = state.changed(change)
             if tried.beats(state):
-                state, improved = tried, True
+                state = tried
+                yield state
                 break
-    return state
+        else:
+            return
 
 
 def walk(state: LayerState, trials: Trials) -> LayerState:

@@ -16,7 +16,8 @@ rounds suffice, and the flow of one round is where the next starts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 SLACK = 1e-12
@@ -36,6 +37,17 @@ class ReplicaWeights(NamedTuple):
     bottleneck_s: float
     critical_devices: frozenset[int]
     """N(A) of the maximising A, which is every expert that these devices alone hold."""
+
+    def shares(self) -> list[dict[int, float]]:
+        """Return, per expert, device -> its share of the rows; equal ones where there are none."""
+        return [_shares(rows) for rows in self.rows]
+
+
+def _shares(rows: Mapping[int, float]) -> dict[int, float]:
+    total = math.fsum(rows.values())
+    if total <= 0:
+        return dict.fromkeys(rows, 1.0 / len(rows))
+    return {device: part / total for device, part in rows.items()}
 
 
 def solve_weights(

@@ -1,0 +1,1 @@
+"""Expert shards at work: loads, who takes which rows, how a placement follows the load."""

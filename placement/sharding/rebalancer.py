@@ -1,0 +1,393 @@
+"""The rebalancer of experts: a state machine from what was measured and done to what to do.
+
+It knows which copies are whole on which device, the map in force, and at most one map that it has
+told and that is not in force yet. A rebalancing is a queue of swaps of one layer each: copies are
+loaded into free and staging slots, a budget of bytes per step; when all of a swap are whole, the
+layer changes over in the next version of the map; when that is in force, what it does not name is
+released. So every expert of the map in force is whole on its devices at all times, but for those
+that a lost device took along: these are read from the checkpoint at once, outside the budget,
+because their rows wait.
+
+What goes wrong ends the rebalancing and keeps the map in force: a failed copy, a refused map. A
+device that is lost or joins ends it too, and gives the next map.
+
+No clock: steps are the measure of time. Equal events give equal commands.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import NamedTuple, assert_never
+
+import numpy as np
+
+from placement.errors import InfeasiblePlanError
+from placement.experts import ExpertDevice, layer_problems
+from placement.moving.moves import Move, Piece, Release
+from placement.sharding.chains import Layout, layouts_between
+from placement.sharding.decision import (
+    RebalanceDecision,
+    RebalanceSettings,
+    decide,
+    refreshed_weights,
+)
+from placement.sharding.expert_map import ExpertMap, weighted_layer
+from placement.sharding.rebalance_values import (
+    CopyDone,
+    CopyFailed,
+    ExpertCommand,
+    ExpertDeviceJoined,
+    ExpertDeviceLost,
+    ExpertEvent,
+    HaltExperts,
+    LoadsMeasured,
+    MapInForce,
+    MapRefused,
+    RebalanceRequested,
+    StepsDone,
+    UseMap,
+)
+from placement.sharding.recovery import recover
+
+
+class _Swap(NamedTuple):
+    """One layer changes over to what its devices shall hold."""
+
+    layer: int
+    layout: Layout
+
+
+class _Copy(NamedTuple):
+    device_id: str
+    piece: Piece
+
+
+class ExpertRebalancer:
+    """Keeps a placement of experts near its optimum, and whole.
+
+    Args:
+        current: In force, and true: every device holds what it names.
+        settings: When and how fast experts move.
+    """
+
+    def __init__(self, current: ExpertMap, settings: RebalanceSettings) -> None:
+        self.map = current
+        """In force."""
+        self.halted: str | None = None
+        """Why nothing can be served; None: it can."""
+        self.last_decision: RebalanceDecision | None = None
+        self._settings = settings
+        self._devices = list(current.devices)
+        self._held = _copies(current)
+        self._told: ExpertMap | None = None
+        self._last_version = current.version
+        self._is_recovering = False
+        self._swaps: deque[_Swap] = deque()
+        self._loading: dict[_Copy, int] = {}
+        """Copies of the first swap that are not whole, and their bytes that were not asked for."""
+        self._in_flight: set[Move] = set()
+        self._attempts: Counter[_Copy] = Counter()
+        """Of reloads."""
+        self._rows_LE = np.ones((len(current.layers), current.num_experts))
+        self._cool_steps = 0
+        self._is_forced = False
+
+    @property
+    def newest(self) -> ExpertMap:
+        """The map told last, in force or not."""
+        return self._told or self.map
+
+    @property
+    def missing(self) -> tuple[tuple[str, Piece], ...]:
+        """Copies that the newest map names and no device has yet: rows for them wait."""
+        wanted = _copies(self.newest)
+        return tuple(sorted(wanted - self._held, key=lambda copy: (copy.piece, copy.device_id)))
+
+    @property
+    def is_moving(self) -> bool:
+        """A rebalancing is going on."""
+        return bool(self._swaps)
+
+    def holds(self, device_id: str, layer: int) -> frozenset[int]:
+        """Return the experts of a layer that are whole on a device, those not in use included."""
+        return frozenset(
+            copy.piece.expert
+            for copy in self._held
+            if copy.device_id == device_id and copy.piece.layer == layer
+        )
+
+    def handle(self, event: ExpertEvent) -> list[ExpertCommand]:
+        """Return what to do about an event."""
+        match event:
+            case LoadsMeasured():
+                return self._measured(event)
+            case StepsDone():
+                self._cool_steps = max(0, self._cool_steps - event.steps)
+                return self._load(event.steps * self._settings.step_budget_bytes)
+            case CopyDone():
+                return self._copied(event.move)
+            case CopyFailed():
+                return self._copy_failed(event)
+            case MapInForce():
+                return self._in_force(event.version)
+            case MapRefused():
+                return self._refused(event)
+            case ExpertDeviceLost():
+                return self._lost(event)
+            case ExpertDeviceJoined():
+                return self._joined(event.device)
+            case RebalanceRequested():
+                self._is_forced = True
+                return []
+            case _:
+                assert_never(event)
+
+    def _measured(self, event: LoadsMeasured) -> list[ExpertCommand]:
+        summary = event.summary
+        if summary.recent_rows_LE.shape != self._rows_LE.shape:
+            raise ValueError(
+                f"loads have shape {summary.recent_rows_LE.shape}; the map has "
+                f"{self._rows_LE.shape[0]} layers of {self._rows_LE.shape[1]} experts"
+            )
+        if int(summary.recent_steps_L.min()) < self._settings.least_steps:
+            return []
+        self._rows_LE = summary.recent_rows_LE
+        if self.halted or self._swaps or self._told or self.missing:
+            return []
+        if not self._cool_steps:
+            decision = self.last_decision = decide(
+                self.map,
+                self._rows_LE,
+                self._settings,
+                drift=float(summary.drift_L.max()),
+                is_forced=self._is_forced,
+            )
+            self._is_forced = False
+            if decision.layers:
+                self._begin(decision)
+                return []
+        if changed := refreshed_weights(self.map, self._rows_LE, self._settings):
+            made = self.map.with_layers(changed)
+            return self._tell(made, f"weights of {len(changed)} layers follow the load")
+        return []
+
+    def _begin(self, decision: RebalanceDecision) -> None:
+        slots = [device.slots_per_layer for device in self._devices]
+        for layer, planned in decision.layers:
+            held = tuple(map(frozenset, self.map.layers[layer].experts))
+            staging = self._settings.staging_slots
+            layouts = layouts_between(held, planned.layout, slots, staging_slots=staging)
+            self._swaps += [_Swap(layer, layout) for layout in layouts]
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """List what the first swap has to load."""
+        swap = self._swaps[0]
+        wanted = [
+            _Copy(device.id, Piece(part="expert", layer=swap.layer, expert=expert))
+            for device, experts in zip(self._devices, swap.layout, strict=True)
+            for expert in sorted(experts)
+        ]
+        bytes_each = self._settings.expert_bytes
+        self._loading = {copy: bytes_each for copy in wanted if copy not in self._held}
+
+    def _load(self, budget_bytes: int) -> list[ExpertCommand]:
+        """Ask for copies of the first swap, once those asked for before are done."""
+        if self._in_flight:
+            return []
+        parts = []
+        for copy, left_bytes in self._loading.items():
+            size = min(left_bytes, budget_bytes)
+            if size > 0:
+                parts.append((copy, self._settings.expert_bytes - left_bytes, size))
+                self._loading[copy] = left_bytes - size
+                budget_bytes -= size
+        return [*self._moves(parts)]
+
+    def _moves(self, parts: Sequence[tuple[_Copy, int, int]]) -> list[Move]:
+        """Find a source for (copy, first byte, bytes) each, and note that they are on their way."""
+        node = {device.id: device.node for device in self._devices}
+        sources: dict[Piece, list[str]] = {copy.piece: [] for copy, _, _ in parts}
+        for held in self._held:
+            if held.piece in sources:
+                sources[held.piece].append(held.device_id)
+        moves = [
+            Move(
+                piece=copy.piece,
+                # From its own node if it can be: that link is the widest.
+                source=min(
+                    sources[copy.piece],
+                    key=lambda s: (node[s] != node[copy.device_id], s),
+                    default=None,
+                ),
+                target=copy.device_id,
+                first_byte=first_byte,
+                num_bytes=num_bytes,
+                is_last=first_byte + num_bytes == self._settings.expert_bytes,
+            )
+            for copy, first_byte, num_bytes in parts
+        ]
+        self._in_flight.update(moves)
+        return moves
+
+    def _copied(self, move: Move) -> list[ExpertCommand]:
+        copy = _Copy(move.target, move.piece)
+        if move not in self._in_flight:
+            return self._release_stray(copy)
+        self._in_flight.remove(move)
+        if not move.is_last:
+            return []
+        self._held.add(copy)
+        self._loading.pop(copy, None)
+        self._attempts.pop(copy, None)
+        return self._change_over()
+
+    def _release_stray(self, copy: _Copy) -> list[ExpertCommand]:
+        """Give up what came of a move that is no longer wanted."""
+        is_known = any(device.id == copy.device_id for device in self._devices)
+        is_used = copy in self._held or copy in self._loading or copy in self.missing
+        return [_release(copy)] if is_known and not is_used else []
+
+    def _change_over(self) -> list[ExpertCommand]:
+        """Tell the next map, once all that the first swap loads is whole."""
+        if not self._swaps or self._loading or self._told:
+            return []
+        swap = self._swaps[0]
+        rows_1E = self._rows_LE[swap.layer : swap.layer + 1]
+        [problem] = layer_problems(rows_1E, self._devices, self._settings.objective)
+        layer = weighted_layer(swap.layout, problem.loads, problem.speeds)
+        return self._tell(
+            self.map.with_layers({swap.layer: layer}),
+            f"layer {swap.layer} changes over; {len(self._swaps) - 1} more swaps",
+        )
+
+    def _tell(
+        self, made: ExpertMap, reason: str, *, is_recovery: bool = False
+    ) -> list[ExpertCommand]:
+        self._last_version += 1
+        self._told = replace(made, version=self._last_version)
+        self._is_recovering = is_recovery
+        return [UseMap(map=self._told, reason=reason, is_recovery=is_recovery)]
+
+    def _in_force(self, version: int) -> list[ExpertCommand]:
+        if self._told is None or version != self._told.version:
+            return []
+        self.map, self._told = self._told, None
+        self._is_recovering = False
+        commands: list[ExpertCommand] = [*self._release_unused()]
+        if self._swaps:
+            self._swaps.popleft()
+            if not self._swaps:
+                self._cool_steps = self._settings.cool_down_steps
+        asked = {_Copy(move.target, move.piece) for move in self._in_flight}
+        commands += self._reload(_Copy(*copy) for copy in self.missing if copy not in asked)
+        if self._swaps:
+            self._prepare()
+            commands += self._change_over()
+        return commands
+
+    def _release_unused(self) -> list[Release]:
+        """Release what the map in force does not name."""
+        unused = sorted(self._held - _copies(self.map), key=lambda copy: (copy.piece, copy[0]))
+        self._held.difference_update(unused)
+        return [_release(copy) for copy in unused]
+
+    def _reload(self, copies: Iterable[_Copy]) -> list[Move]:
+        """Read what no step can do without, whole and at once."""
+        return self._moves([(copy, 0, self._settings.expert_bytes) for copy in copies])
+
+    def _refused(self, event: MapRefused) -> list[ExpertCommand]:
+        if self._told is None or event.version != self._told.version:
+            return []
+        if self._is_recovering:
+            return self._halt(f"map {event.version} was refused: {event.reason}")
+        self._told = None
+        self._devices = list(self.map.devices)
+        return self._abandon()
+
+    def _copy_failed(self, event: CopyFailed) -> list[ExpertCommand]:
+        move = event.move
+        copy = _Copy(move.target, move.piece)
+        if move not in self._in_flight:
+            return []
+        self._in_flight.remove(move)
+        if copy in self._loading:
+            return self._abandon()
+        self._attempts[copy] += 1
+        if self._attempts[copy] >= self._settings.max_reload_attempts:
+            reason = f"{move.piece} could not be loaded {self._attempts[copy]} times"
+            return self._lost(ExpertDeviceLost(device_id=move.target, reason=reason))
+        return [*self._reload([copy])]
+
+    def _abandon(self) -> list[ExpertCommand]:
+        """End the rebalancing; the map in force stays, and what it does not name is released."""
+        if not self._swaps:
+            return []
+        whole_bytes = self._settings.expert_bytes
+        begun = [copy for copy, left_bytes in self._loading.items() if left_bytes < whole_bytes]
+        self._in_flight = {m for m in self._in_flight if _Copy(m.target, m.piece) not in begun}
+        self._swaps.clear()
+        self._loading.clear()
+        self._cool_steps = self._settings.cool_down_steps
+        known = {device.id for device in self._devices}
+        # Also what is only half there.
+        partial = [_release(copy) for copy in begun if copy.device_id in known]
+        # A told map may be in force somewhere: what it names is released when another one is.
+        return [*partial, *([] if self._told else self._release_unused())]
+
+    def _lost(self, event: ExpertDeviceLost) -> list[ExpertCommand]:
+        left = [device for device in self._devices if device.id != event.device_id]
+        if len(left) == len(self._devices):
+            return []
+        self._devices = left
+        self._held = {copy for copy in self._held if copy.device_id != event.device_id}
+        # Copies from it fail as well; those that are still needed are asked for anew.
+        self._in_flight = {
+            move for move in self._in_flight if event.device_id not in (move.target, move.source)
+        }
+        return self._regroup(left, f"{event.device_id} is lost: {event.reason}")
+
+    def _joined(self, device: ExpertDevice) -> list[ExpertCommand]:
+        others = [known for known in self._devices if known.id != device.id]
+        is_known = len(others) < len(self._devices)
+        if not device.slots_per_layer:
+            return self._lost(ExpertDeviceLost(device_id=device.id, reason="it offers no slot"))
+        self._devices = sorted([*others, device], key=lambda known: (known.node, known.id))
+        self._is_forced = True
+        why = "has other figures" if is_known else "has joined"
+        return self._regroup(self._devices, f"{device.id} {why}")
+
+    def _regroup(self, devices: Sequence[ExpertDevice], why: str) -> list[ExpertCommand]:
+        """Go on with these devices: a new map, and reloads once it is in force."""
+        commands = self._abandon()
+        try:
+            made = recover(self.newest, devices, self._rows_LE, objective=self._settings.objective)
+        except InfeasiblePlanError as error:
+            return [*commands, *self._halt(f"{why}; {error}")]
+        self.halted = None
+        self._attempts.clear()
+        self._cool_steps = 0
+        is_loss = not set(self.map.device_ids) <= set(made.map.device_ids)
+        reason = f"{why}; {len(made.reloads)} experts are read again"
+        return [*commands, *self._tell(made.map, reason, is_recovery=is_loss)]
+
+    def _halt(self, reason: str) -> list[ExpertCommand]:
+        self.halted = reason
+        # Whether it came into force or not: another map is told before anything is served again.
+        self._told = None
+        return [HaltExperts(reason=reason)]
+
+
+def _release(copy: _Copy) -> Release:
+    return Release(device_id=copy.device_id, piece=copy.piece)
+
+
+def _copies(current: ExpertMap) -> set[_Copy]:
+    return {
+        _Copy(device.id, Piece(part="expert", layer=index, expert=expert))
+        for index, layer in enumerate(current.layers)
+        for device, experts in zip(current.devices, layer.experts, strict=True)
+        for expert in experts
+    }
