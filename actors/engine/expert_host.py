@@ -143,8 +143,8 @@ class ExpertHost:
         missing = [expert for expert, _ in experts if (layer, expert) not in holding]
         if missing:
             raise ExpertError(
-                f"experts {missing} of layer {layer} are not here in map version {version}; it "
-                "was told otherwise to the caller"
+                f"experts {missing} of layer {layer} are not here in map version {version}; the "
+                "caller's map of that version says otherwise, make it anew"
             )
 
     def _keep(self, is_kept: Callable[[int], bool]) -> None:

@@ -40,6 +40,10 @@ class DeviceClock:
     def finish(self, batch: StepBatch, started_s: float, cost: StageCost) -> float:
         """End the step that began at `started_s`; returns the seconds it occupied the device."""
         declared_s = cost.step_s(batch.num_tokens, batch.context_tokens, batch.num_head_rows)
+        return self.end(started_s, declared_s)
+
+    def end(self, started_s: float, declared_s: float) -> float:
+        """End any work that is declared to take so long; returns the seconds as `finish`."""
         self.predicted_s += declared_s
         if self.is_paced:
             self._wait_until(started_s + declared_s * self.slowness)

@@ -9,6 +9,7 @@ from actors.engine.checkpoint import Checkpoint
 from actors.engine.expert_calls import Piece
 from actors.engine.expert_host import ExpertHost
 from actors.engine.expert_slots import ExpertSlots
+from actors.expert_links import ExpertNode
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,7 @@ class EvenRoutes:
 
     version: int
     holders: Sequence[Sequence[str]]
+    nodes: Sequence[ExpertNode] = ()
 
     def split(self, layer: int, counts_E: Sequence[int]) -> list[Piece]:
         """Cut an expert's rows evenly; who comes first is another replica in every layer."""
@@ -57,7 +59,7 @@ def open_hosts(
     hosts = {}
     for device in devices:
         held = routes.held_by(device)
-        slots = ExpertSlots(checkpoint, (len(held) + spare) * checkpoint.num_layers)
+        slots = ExpertSlots(checkpoint, max(1, len(held) + spare) * checkpoint.num_layers)
         hosts[device] = ExpertHost(slots)
         hosts[device].prepare(routes.version, experts_by_layer(slots.layers, held))
     return hosts
