@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -15,6 +14,7 @@ import msgpack
 import pytest
 import torch
 from expert_fleet import DEVICES, NODES, ExpertFleet, expert_spec
+from expert_processes import ExpertProcess
 from expert_routes import EvenRoutes, open_hosts, spread
 from identity import check_identical, generate
 from mutations import damaged_bytes, damaged_value, each_damaged
@@ -414,40 +414,28 @@ def test_a_step_waits_for_a_map_from_elsewhere(open_fleet: Open) -> None:
     assert torch.allclose(got, wanted_rows(fleet), atol=1e-5)
 
 
-def serve(spec: Any, keys: wire.WireKeys, monitor: wire.Address, pipe: Any) -> None:
-    """A worker in a process of its own."""
-    worker = ExpertWorker(spec, keys, monitor)
-    pipe.send(worker.ready())
-    worker.connect(*pipe.recv())
-    pipe.send(None)
-    worker.watch()
-
-
 def test_a_killed_worker_process_is_noticed_within_the_deadline(
     checkpoint_dir: Callable[..., Path],
 ) -> None:
     path = checkpoint_dir("olmoe")
     keys = wire.WireKeys.make()
-    spawn = multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe()
+    fingerprint = expert_fingerprint(Checkpoint.open(str(path)))
     spec = expert_spec(path, "p0", {LAYER: list(range(8))})
-    with closing(wire.Inbox("monitor", keys)) as monitor:
-        process = spawn.Process(target=serve, args=(spec, keys, monitor.address, theirs))
-        process.start()
+    with (
+        closing(wire.Inbox("monitor", keys)) as monitor,
+        closing(ExpertLinks("a stage", keys, fingerprint, patience=SHORT)) as links,
+    ):
+        process = ExpertProcess(spec, keys, monitor.address)
         try:
-            address = ours.recv()
-            fingerprint = expert_fingerprint(Checkpoint.open(str(path)))
-            with closing(ExpertLinks("a stage", keys, fingerprint, patience=SHORT)) as links:
-                ours.send(([links.address], {}))
-                ours.recv()
-                links.use(EvenRoutes(0, [["p0"]] * 8, [ExpertNode("p0", {"p0": address})]))
-                before = links.run(LAYER, COUNTS, rows())
-                process.kill()
-                with pytest.raises(ExpertCallError, match="p0 did not answer within"):
-                    links.run(LAYER, COUNTS, rows())
+            address = process.ready()
+            process.connect([links.address], {})
+            links.use(EvenRoutes(0, [["p0"]] * 8, [ExpertNode("p0", {"p0": address})]))
+            before = links.run(LAYER, COUNTS, rows())
+            process.kill()
+            with pytest.raises(ExpertCallError, match="p0 did not answer within"):
+                links.run(LAYER, COUNTS, rows())
         finally:
             process.kill()
-            process.join()
 
     assert before.shape == rows().shape
 

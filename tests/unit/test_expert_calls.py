@@ -101,8 +101,8 @@ def test_each_row_is_in_one_share(data: st.DataObject) -> None:
     assert covered == list(range(sum(counts)))
     of_row = [expert for expert, count in enumerate(counts) for _ in range(count)]
     for portion, spans in found:
-        rows = [of_row[row] for span in spans for row in range(*span)]
-        assert rows == [expert for expert, count in portion.experts for _ in range(count)]
+        mine = [of_row[row] for span in spans for row in range(*span)]
+        assert mine == [expert for expert, count in portion.experts for _ in range(count)]
         assert all(a.end < b.start for a, b in pairwise(spans))
 
 
