@@ -1,9 +1,10 @@
 """A stage's way to experts on other nodes and in its own process.
 
 One message goes to each node with experts of a layer, to the worker that is the node's front (see
-`actors.expert_server`); experts of this process run while those rows travel. Every wait has a
-deadline. A layer's result is a pure function of its rows, so where a device fails, the same rows
-are sent again as soon as there is another map, and the step does not fail. Knows no Ray.
+`actors.expert_server`); rows so many that their bytes and not messages take the time skip that hop.
+Experts of this process run while those rows travel. Every wait has a deadline. A layer's result is
+a pure function of its rows, so where a device fails, the same rows are sent again as soon as there
+is another map, and the step does not fail. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, zip_longest
 from typing import NamedTuple, Protocol
 
 import torch
 
 from actors import wire
-from actors.engine.expert_calls import ExpertCall, ExpertError, Routes, Share, Span, shares
+from actors.engine.expert_calls import ExpertCall, ExpertError, Routes, Share, Span, cut, shares
 from actors.engine.expert_host import ExpertHost
 from actors.engine.local_experts import gather, scatter
 from actors.expert_messages import call_message, take_answer
@@ -26,6 +28,10 @@ from actors.expert_messages import call_message, take_answer
 _log = logging.getLogger(__name__)
 _POLL_S = 0.02
 """How soon a wait notices that a worker was lost."""
+DIRECT_BYTES = 2**20
+"""A node's rows of one layer beyond this go straight to its devices, in messages of about this
+size: a front would take longer to pass them on than more messages take, and a device computes its
+first rows while the next ones travel."""
 _NODE_FRACTION = 0.5
 """Of the deadline, for a node's front to hear from its other workers: then it can still say which
 is missing."""
@@ -200,10 +206,9 @@ class ExpertLinks:
         awaited: dict[int, _Awaited] = {}
         for node in routes.nodes:
             asked = [by_device.pop(device) for device in node.workers if device in by_device]
-            if asked:
-                # The order of sending is the map's; the fewer messages, the better.
-                number = self._send(node, routes, kind, layer, asked, tensors)
-                awaited[number] = _awaited(node, asked)
+            for device, together in _messages(node, asked, tensors[0]):
+                number = self._send(node.workers[device], routes, kind, layer, together, tensors)
+                awaited[number] = _awaited(node, device, together)
         if by_device:
             raise ExpertError(
                 f"map version {routes.version} names {sorted(by_device)}, which are on none of its "
@@ -219,34 +224,33 @@ class ExpertLinks:
 
     def _send(
         self,
-        node: ExpertNode,
+        worker: wire.Address,
         routes: NodeRoutes,
         kind: bytes,
         layer: int,
         asked: Sequence[Share],
         tensors: Sequence[torch.Tensor],
     ) -> int:
-        """Send a node its rows; returns the number of the call."""
+        """Send a worker rows for its node; returns the number of the call."""
         self._calls_sent += 1
         call = ExpertCall(
             self._calls_sent, layer, routes.version, self._fingerprint, self.address.ipc,
             self._patience.answer_s * _NODE_FRACTION, tuple(share.portion for share in asked),
         )  # fmt: skip
         spans = [span for share in asked for span in share.spans]
-        front = node.workers[node.front]
-        if front not in self._outboxes:
-            self._open(front, routes)
-        self._outboxes[front].send(call_message(kind, call, [gather(t, spans) for t in tensors]))
+        if worker not in self._outboxes:
+            self._open(worker, routes)
+        self._outboxes[worker].send(call_message(kind, call, [gather(t, spans) for t in tensors]))
         return self._calls_sent
 
-    def _open(self, front: wire.Address, routes: NodeRoutes) -> None:
-        """Connect to a node, and close the connections that the map has no use for."""
-        used = {node.workers[node.front] for node in routes.nodes}
+    def _open(self, worker: wire.Address, routes: NodeRoutes) -> None:
+        """Connect to a worker, and close the connections that the map has no use for."""
+        used = {address for node in routes.nodes for address in node.workers.values()}
         for address in self._outboxes.keys() - used:
             outbox = self._outboxes.pop(address)
             self._closed_bytes += outbox.bytes_sent
             outbox.close()
-        self._outboxes[front] = wire.Outbox(front, self._keys)
+        self._outboxes[worker] = wire.Outbox(worker, self._keys)
 
     def _receive(self, awaited: dict[int, _Awaited], out_SH: torch.Tensor, end_s: float) -> None:
         """Put the nodes' rows where they belong, until all have answered."""
@@ -289,11 +293,23 @@ class ExpertLinks:
         scatter(out_SH, spans, rows_SH.to(out_SH.device))
 
 
-def _awaited(node: ExpertNode, asked: Sequence[Share]) -> _Awaited:
+def _messages(
+    node: ExpertNode, asked: Sequence[Share], rows_SH: torch.Tensor
+) -> list[tuple[str, Sequence[Share]]]:
+    """Return what a node is sent: to which of its devices, and whose rows."""
+    row_bytes = rows_SH.shape[1] * rows_SH.element_size()
+    if sum(share.portion.num_rows for share in asked) * row_bytes <= DIRECT_BYTES:
+        return [(node.front, asked)] if asked else []
+    cuts = [cut(share, max(1, DIRECT_BYTES // row_bytes)) for share in asked]
+    # In turns, so that all devices begin soon.
+    turns = chain.from_iterable(zip_longest(*cuts))
+    return [(share.portion.device, [share]) for share in turns if share is not None]
+
+
+def _awaited(node: ExpertNode, receiver: str, asked: Sequence[Share]) -> _Awaited:
     devices = tuple(share.portion.device for share in asked)
-    workers = {node.front, *devices}
     return _Awaited(
         devices,
-        tuple(node.workers[device] for device in sorted(workers)),
+        tuple(node.workers[device] for device in sorted({receiver, *devices})),
         tuple(span for share in asked for span in share.spans),
     )

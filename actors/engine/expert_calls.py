@@ -98,6 +98,34 @@ def shares(counts_E: Sequence[int], routes: Routes, layer: int) -> list[Share]:
     ]
 
 
+def cut(share: Share, most_rows: int) -> list[Share]:
+    """Cut a share between experts into ones of at most so many rows, or of one expert each."""
+    cuts: list[Share] = []
+    spans = list(share.spans)
+    experts: list[ExpertRows] = []
+    rows = 0
+    for each in share.portion.experts:
+        if experts and rows + each.rows > most_rows:
+            cuts.append(Share(Portion(share.portion.device, tuple(experts)), _first(spans, rows)))
+            experts, rows = [], 0
+        experts.append(each)
+        rows += each.rows
+    return [*cuts, Share(Portion(share.portion.device, tuple(experts)), tuple(spans))]
+
+
+def _first(spans: list[Span], rows: int) -> tuple[Span, ...]:
+    """Take the first rows out of spans."""
+    taken = []
+    while rows:
+        start, end = spans.pop(0)
+        if end - start > rows:
+            spans.insert(0, Span(start + rows, end))
+            end = start + rows
+        taken.append(Span(start, end))
+        rows -= end - start
+    return tuple(taken)
+
+
 def _check_split(counts_E: Sequence[int], pieces: Sequence[Piece], where: str) -> None:
     given = [0] * len(counts_E)
     previous = -1

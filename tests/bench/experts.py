@@ -76,8 +76,9 @@ class NaiveLinks(ExpertLinks):
                 Portion(device, (ExpertRows(expert, rows),)), (Span(start, start + rows),)
             )
             start += rows
-            number = self._send(nodes[device], every, kind, layer, [share], tensors)
-            awaited[number] = _awaited(nodes[device], [share])
+            worker = nodes[device].workers[device]
+            number = self._send(worker, every, kind, layer, [share], tensors)
+            awaited[number] = _awaited(nodes[device], device, [share])
         out_SH = torch.empty_like(tensors[0])
         self._receive(awaited, out_SH, time.monotonic() + 60.0)
         return out_SH

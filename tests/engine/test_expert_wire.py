@@ -127,6 +127,20 @@ def test_one_message_goes_to_each_node_and_layer(open_fleet: Open) -> None:
     assert links.bytes_sent < (sum(COUNTS) + 4) * 48 * 4 + 3 * 400
 
 
+def test_many_rows_go_straight_to_their_devices(
+    open_fleet: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = open_fleet()
+    links = fleet.links()
+    monkeypatch.setattr("actors.expert_links.DIRECT_BYTES", 5 * 48 * 4)
+
+    got = links.run(LAYER, COUNTS, rows())
+
+    assert torch.equal(got, wanted_rows(fleet))
+    # Two experts each: 3 + 4, 2, 5 + 6 and 1 + 1 rows, of which 5 at most go together.
+    assert links.messages_sent == 2 + 1 + 2 + 1
+
+
 def test_experts_of_this_process_need_no_message(open_fleet: Open) -> None:
     fleet = open_fleet(spare=12)
     held = fleet.prepare(spread(["me", *DEVICES], 8, version=1))

@@ -13,7 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mutations import damaged_bytes, damaged_value, each_damaged
 
-from actors.engine.expert_calls import ExpertCall, ExpertError, ExpertRows, Piece, Portion, shares
+from actors.engine.expert_calls import (
+    ExpertCall,
+    ExpertError,
+    ExpertRows,
+    Piece,
+    Portion,
+    cut,
+    shares,
+)
 
 CALL = ExpertCall(
     7, 3, 12, "0123456789abcdef", "ipc:///tmp/motley-x/inbox", 2.5,
@@ -104,6 +112,25 @@ def test_each_row_is_in_one_share(data: st.DataObject) -> None:
         mine = [of_row[row] for span in spans for row in range(*span)]
         assert mine == [expert for expert, count in portion.experts for _ in range(count)]
         assert all(a.end < b.start for a, b in pairwise(spans))
+
+
+@given(st.lists(st.integers(0, 9), min_size=2, max_size=8), st.integers(1, 12))
+def test_a_share_is_cut_between_experts(counts: list[int], most_rows: int) -> None:
+    pieces = []
+    for expert, count in enumerate(counts):
+        half = count // 2
+        pieces += [Piece(d, expert, n) for d, n in (("a", half), ("b", count - half)) if n]
+
+    for share in shares(counts, Given(pieces), 0):
+        parts = cut(share, most_rows)
+
+        assert [e for part in parts for e in part.portion.experts] == [*share.portion.experts]
+        wanted = [row for span in share.spans for row in range(*span)]
+        assert [row for part in parts for span in part.spans for row in range(*span)] == wanted
+        for portion, spans in parts:
+            assert portion.device == share.portion.device
+            assert sum(end - start for start, end in spans) == portion.num_rows
+            assert portion.num_rows <= most_rows or len(portion.experts) == 1
 
 
 @pytest.mark.parametrize(
