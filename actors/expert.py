@@ -32,6 +32,7 @@ from placement.topology import Device
 from placement.workload import ModelProfile
 
 _POLL_S = 0.05
+_FINEST_S = 1e-3
 _REPORT_EVERY_S = 0.25
 
 
@@ -146,12 +147,17 @@ class ExpertWorker:
             outbox.close()
 
     def _take_turn(self) -> None:
-        parts = self._inbox.receive(_POLL_S)
+        wait_s = self._server.wait_s(_POLL_S)
+        if wait_s < _FINEST_S:
+            # A socket counts whole milliseconds.
+            time.sleep(wait_s)
+            wait_s = 0.0
+        parts = self._inbox.receive(wait_s)
         with self._turn:
             if parts is not None:
                 self._server.handle(parts)
+            self._server.tick()
             now_s = time.monotonic()
-            self._server.expire(now_s)
             if now_s - self._reported_s > _REPORT_EVERY_S:
                 self._reported_s = now_s
                 self._report()

@@ -54,6 +54,12 @@ class ExpertNode:
     workers: Mapping[str, wire.Address]
     """By device, the front's too."""
 
+    def __post_init__(self) -> None:
+        if self.front not in self.workers:
+            raise ValueError(
+                f"front {self.front} is none of its node's workers {sorted(self.workers)}"
+            )
+
 
 class NodeRoutes(Routes, Protocol):
     """A version of the expert map, and where its devices are."""

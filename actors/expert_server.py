@@ -9,7 +9,7 @@ the front; a call from a sibling goes no further. Knows no Ray.
 from __future__ import annotations
 
 import logging
-import time
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -46,6 +46,8 @@ class _Gathering:
     end_s: float
     missing: dict[int, tuple[Portion, slice]] = field(default_factory=dict)
     """By the number of the call to the sibling: what it computes, and which rows that is."""
+    due_s: float = 0.0
+    """When this device has done its part, which a paced one declares."""
 
 
 class ExpertServer:
@@ -69,6 +71,8 @@ class ExpertServer:
         self._siblings: Mapping[str, wire.Outbox] = {}
         self._gathering: dict[int, _Gathering] = {}
         """By the number of each call to a sibling."""
+        self._due: list[_Gathering] = []
+        """Whole, but for a paced device's time."""
         self._calls_sent = 0
 
     def connect(self, callers: Sequence[wire.Outbox], siblings: Mapping[str, wire.Outbox]) -> None:
@@ -95,9 +99,18 @@ class ExpertServer:
                 _log.exception("%s failed a call for layer %d", self._device_id, call.layer)
             self._refuse(call.number, caller, f"the experts on {self._device_id}: {error}")
 
-    def expire(self, now_s: float) -> None:
-        """Refuse the calls that siblings did not answer in time."""
-        for gathering in list(self._gathering.values()):
+    def wait_s(self, most_s: float) -> float:
+        """Return how long nothing is to be done but to receive."""
+        due_s = min((gathering.due_s for gathering in self._due), default=math.inf)
+        return max(0.0, min(most_s, due_s - self._clock.now_s()))
+
+    def tick(self) -> None:
+        """Answer the calls whose time has passed; refuse those that siblings did not answer."""
+        due, self._due = self._due, []
+        for gathering in due:
+            self._answer_if_whole(gathering)
+        now_s = self._clock.now_s()
+        for gathering in {id(each): each for each in self._gathering.values()}.values():
             if gathering.end_s <= now_s:
                 devices = sorted({portion.device for portion, _ in gathering.missing.values()})
                 why = f"{', '.join(devices)} did not answer {self._device_id} of its node in time"
@@ -111,11 +124,11 @@ class ExpertServer:
         raise ValueError(f"a call from {call.reply_to}, to which it is not connected")
 
     def _serve(self, call: ExpertCall, parts: Sequence[memoryview], caller: wire.Outbox) -> None:
-        started_s = time.monotonic()
+        arrived_s = self._clock.now_s()
         tensors = take_tensors(parts, call)
         self._check(call)
         gathering = _Gathering(
-            call.number, caller, torch.empty_like(tensors[0]), started_s + call.time_left_s
+            call.number, caller, torch.empty_like(tensors[0]), arrived_s + call.time_left_s
         )
         own, start = None, 0
         for portion in call.portions:
@@ -133,7 +146,8 @@ class ExpertServer:
             gathering.out_SH[rows] = run(
                 call.version, call.layer, portion.experts, *(each[rows] for each in tensors)
             )
-            self._clock.end(started_s, self._seconds(call.layer, portion.experts))
+            declared_s = self._seconds(call.layer, portion.experts)
+            gathering.due_s = self._clock.book(arrived_s, declared_s)
         self._answer_if_whole(gathering)
 
     def _check(self, call: ExpertCall) -> None:
@@ -176,7 +190,12 @@ class ExpertServer:
         self._answer_if_whole(gathering)
 
     def _answer_if_whole(self, gathering: _Gathering) -> None:
-        if not gathering.missing:
+        if gathering.missing:
+            return
+        if gathering.due_s > self._clock.now_s():
+            # Who waits here would not pass on other calls' rows.
+            self._due.append(gathering)
+        else:
             gathering.caller.send(answer_message(gathering.number, gathering.out_SH))
 
     def _refuse(self, number: int, caller: wire.Outbox, why: str) -> None:
@@ -186,3 +205,4 @@ class ExpertServer:
 
     def _keep(self, is_kept: Callable[[_Gathering], bool]) -> None:
         self._gathering = {key: each for key, each in self._gathering.items() if is_kept(each)}
+        self._due = [each for each in self._due if is_kept(each)]
