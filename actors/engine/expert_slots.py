@@ -127,14 +127,16 @@ class ExpertSlots:
     ) -> torch.Tensor:
         """Run rows sorted by expert, (expert, how many) one after another: (S, H).
 
+        As between stages, rows of another type are converted, and back.
+
         Raises:
             ExpertError: An expert is not held, or the rows do not fit.
         """
         weights = self._weights(layer, experts, rows_SH)
         with torch.inference_mode():
-            return run_experts(
-                self._module, weights.__getitem__, experts, rows_SH.to(self.device)
-            ).to(rows_SH.device)
+            own_SH = rows_SH.to(self.device, self.dtype)
+            out_SH = run_experts(self._module, weights.__getitem__, experts, own_SH)
+            return out_SH.to(rows_SH.device, rows_SH.dtype)
 
     def backward(
         self,
@@ -156,15 +158,16 @@ class ExpertSlots:
         pairs = zip(torch.split(rows_SH, counts), torch.split(gradient_SH, counts), strict=True)
         into_rows, into_weights = [], {}
         for (expert, _), (rows, gradient) in zip(experts, pairs, strict=True):
-            leaves = [
-                part.detach().requires_grad_() for part in (rows.to(self.device), *weights[expert])
-            ]
+            own = rows.to(self.device, self.dtype)
+            leaves = [part.detach().requires_grad_() for part in (own, *weights[expert])]
             with torch.enable_grad():
                 out = run_expert(self._module, leaves[1:], leaves[0])
-            of_rows, *of_weights = torch.autograd.grad(out, leaves, gradient.to(self.device))
+            of_rows, *of_weights = torch.autograd.grad(
+                out, leaves, gradient.to(self.device, self.dtype)
+            )
             into_rows.append(of_rows)
             into_weights[expert] = tuple(of_weights)
-        return torch.cat(into_rows).to(rows_SH.device), into_weights
+        return torch.cat(into_rows).to(rows_SH.device, rows_SH.dtype), into_weights
 
     def check_exists(self, layer: int, expert: int) -> None:
         """Raise ExpertError for a layer or an expert that the checkpoint has not."""
@@ -184,10 +187,10 @@ class ExpertSlots:
     ) -> dict[int, Weights]:
         """Check that rows can run, and return the weights that they need."""
         num_rows = sum(count for _, count in experts)
-        if rows_SH.shape != (num_rows, self.hidden_size) or rows_SH.dtype != self.dtype:
+        if rows_SH.shape != (num_rows, self.hidden_size):
             raise ExpertError(
-                f"rows of shape {tuple(rows_SH.shape)} and {rows_SH.dtype} for layer {layer}; its "
-                f"experts take {(num_rows, self.hidden_size)} of {self.dtype} (engine.dtype)"
+                f"rows of shape {tuple(rows_SH.shape)} for layer {layer}; its experts take "
+                f"{(num_rows, self.hidden_size)}, is it another model's?"
             )
         with self._placing:
             found = {expert: self._held.get((layer, expert)) for expert, _ in experts}

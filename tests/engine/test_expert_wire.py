@@ -278,9 +278,8 @@ def test_another_checkpoints_rows_and_rows_of_another_width_are_refused(open_fle
 
     with pytest.raises(ExpertError, match=rf"of checkpoint 0{{16}}, these of {fleet.fingerprint}"):
         stranger.run(LAYER, COUNTS, rows())
-    for bad in (rows()[:, :40], rows().bfloat16()):
-        with pytest.raises(ExpertError, match=r"rows of shape .* its experts take .*48\) of"):
-            links.run(LAYER, COUNTS, bad)
+    with pytest.raises(ExpertError, match=r"rows of shape \(.*, 40\) .* its experts take .*48\)"):
+        links.run(LAYER, COUNTS, rows()[:, :40])
     with pytest.raises(ExpertError, match="of layer 78 are not here"):
         links.run(78, COUNTS, rows())
 
