@@ -1,4 +1,4 @@
-"""Experts over real sockets: identity, changing maps, lost workers, and what is refused."""
+"""Experts over real sockets: identity, maps that change, and what is refused."""
 
 from __future__ import annotations
 
@@ -13,84 +13,39 @@ from typing import Any
 import msgpack
 import pytest
 import torch
-from expert_fleet import DEVICES, NODES, ExpertFleet, expert_spec
-from expert_processes import ExpertProcess
-from expert_routes import EvenRoutes, open_hosts, spread
+from expert_cases import (
+    COUNTS,
+    LAYER,
+    LONG_S,
+    NUM_NEW,
+    SHORT,
+    OpenFleet,
+    fleets,
+    prompts,
+    rows,
+    tokens_of,
+    wanted_rows,
+)
+from expert_fleet import DEVICES, NODES, expert_spec
+from expert_routes import open_hosts, spread
 from identity import check_identical, generate
 from mutations import damaged_bytes, damaged_value, each_damaged
-from tiny_models import ARCHITECTURES, MOE
-from transformers import AutoModelForCausalLM
+from tiny_models import MOE, num_experts
 
 from actors import wire
 from actors.engine.checkpoint import Checkpoint
-from actors.engine.config import EngineConfig
 from actors.engine.expert_calls import ExpertCall, ExpertError, ExpertRows, Portion
-from actors.engine.experts import EXPERTS_NAME, lend_experts
-from actors.engine.fingerprint import expert_fingerprint
-from actors.engine.local import LocalPipeline
-from actors.engine.local_experts import LocalDispatcher
-from actors.engine.requests import Request, SamplingParams
 from actors.expert import ExpertWorker
-from actors.expert_links import ExpertCallError, ExpertLinks, ExpertNode, Patience
+from actors.expert_links import ExpertLinks
 from actors.expert_messages import call_message, take_answer
 
 pytestmark = pytest.mark.engine
 
-LONG_S = 20.0
-"""Far longer than any answer takes; waited out only by a failing test."""
-SHORT = Patience(answer_s=0.5, reroute_s=0.0)
-NUM_NEW = 10
-LENGTHS = (1, 3, 8, 17, 31)
-TIGHT = EngineConfig(kv_block_tokens=4, num_kv_blocks=40, max_running=16, max_step_tokens=20)
-COUNTS = [3, 0, 5, 1, 4, 2, 6, 1]
-LAYER = 2
-
-
-def num_experts(model_type: str) -> int:
-    sizes = ARCHITECTURES[model_type]
-    return int(sizes.get("num_experts") or sizes["num_local_experts"])
-
-
-def prompts() -> list[tuple[int, ...]]:
-    generator = torch.Generator().manual_seed(7)
-    return [
-        tuple(torch.randint(3, 199, (length,), generator=generator).tolist()) for length in LENGTHS
-    ]
-
-
-def tokens_of(checkpoint: Checkpoint, links: ExpertLinks) -> list[list[int]]:
-    sampling = SamplingParams(temperature=0.0, max_tokens=NUM_NEW)
-    asked = [Request(id=str(i), prompt=p, sampling=sampling) for i, p in enumerate(prompts())]
-    done = LocalPipeline(checkpoint, (3,), config=TIGHT, experts=links).generate(asked)
-    return [done[str(i), 0].tokens for i in range(len(LENGTHS))]
-
-
-def rows(seed: int = 0) -> torch.Tensor:
-    return torch.randn(sum(COUNTS), 48, generator=torch.Generator().manual_seed(seed))
-
-
-Open = Callable[..., ExpertFleet]
-
 
 @pytest.fixture
-def open_fleet(checkpoint_dir: Callable[..., Path]) -> Iterator[Open]:
-    made: list[ExpertFleet] = []
-
-    def make(model_type: str = "olmoe", replicas: int = 1, **options: Any) -> ExpertFleet:
-        routes = spread(DEVICES, num_experts(model_type), replicas=replicas)
-        made.append(ExpertFleet(checkpoint_dir(model_type), routes, **options))
-        return made[-1]
-
-    yield make
-    for fleet in made:
-        fleet.close()
-
-
-def wanted_rows(fleet: ExpertFleet, routes: EvenRoutes | None = None) -> torch.Tensor:
-    """What the same split gives within one process."""
-    routes = routes or fleet.routes
-    hosts = open_hosts(Checkpoint.open(str(fleet.path)), DEVICES, routes)
-    return LocalDispatcher(hosts, routes).run(LAYER, COUNTS, rows())
+def open_fleet(checkpoint_dir: Callable[..., Path]) -> Iterator[OpenFleet]:
+    with fleets(checkpoint_dir) as make:
+        yield make
 
 
 # --- identity ---------------------------------------------------------------------------------
@@ -103,7 +58,7 @@ def test_tokens_are_transformers_own_through_two_nodes_of_two_workers(
     replicas: int,
     checkpoint_dir: Callable[..., Path],
     reference: Callable[[Path], Any],
-    open_fleet: Open,
+    open_fleet: OpenFleet,
 ) -> None:
     path = checkpoint_dir(model_type)
     links = open_fleet(model_type, replicas).links()
@@ -113,7 +68,7 @@ def test_tokens_are_transformers_own_through_two_nodes_of_two_workers(
     check_identical([generate(reference(path), prompt, NUM_NEW) for prompt in prompts()], got)
 
 
-def test_one_message_goes_to_each_node_and_layer(open_fleet: Open) -> None:
+def test_one_message_goes_to_each_node_and_layer(open_fleet: OpenFleet) -> None:
     fleet = open_fleet()
     links = fleet.links()
 
@@ -128,7 +83,7 @@ def test_one_message_goes_to_each_node_and_layer(open_fleet: Open) -> None:
 
 
 def test_many_rows_go_straight_to_their_devices(
-    open_fleet: Open, monkeypatch: pytest.MonkeyPatch
+    open_fleet: OpenFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = open_fleet()
     links = fleet.links()
@@ -141,7 +96,7 @@ def test_many_rows_go_straight_to_their_devices(
     assert links.messages_sent == 2 + 1 + 2 + 1
 
 
-def test_experts_of_this_process_need_no_message(open_fleet: Open) -> None:
+def test_experts_of_this_process_need_no_message(open_fleet: OpenFleet) -> None:
     fleet = open_fleet(spare=12)
     held = fleet.prepare(spread(["me", *DEVICES], 8, version=1))
     links = fleet.links(own=open_hosts(Checkpoint.open(str(fleet.path)), ["me"], held))
@@ -155,7 +110,7 @@ def test_experts_of_this_process_need_no_message(open_fleet: Open) -> None:
     assert torch.equal(got, wanted_rows(fleet))
 
 
-def test_two_stages_are_answered_apart(open_fleet: Open) -> None:
+def test_two_stages_are_answered_apart(open_fleet: OpenFleet) -> None:
     fleet = open_fleet()
     links = [fleet.links(), fleet.links()]
     outs: dict[int, torch.Tensor] = {}
@@ -182,7 +137,7 @@ def test_tokens_stay_while_the_map_changes_all_the_time(
     model_type: str,
     checkpoint_dir: Callable[..., Path],
     reference: Callable[[Path], Any],
-    open_fleet: Open,
+    open_fleet: OpenFleet,
 ) -> None:
     path = checkpoint_dir(model_type)
     fleet = open_fleet(model_type, spare=200)
@@ -213,7 +168,7 @@ def test_tokens_stay_while_the_map_changes_all_the_time(
 
 
 def test_a_call_on_its_way_ends_with_the_map_it_began_with(
-    open_fleet: Open, monkeypatch: pytest.MonkeyPatch
+    open_fleet: OpenFleet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fleet = open_fleet(spare=48)
     links = fleet.links()
@@ -257,7 +212,7 @@ def test_a_call_on_its_way_ends_with_the_map_it_began_with(
     ],
 )
 def test_maps_that_the_workers_do_not_have_are_refused_and_serving_goes_on(
-    change: dict[str, Any], message: str, open_fleet: Open
+    change: dict[str, Any], message: str, open_fleet: OpenFleet
 ) -> None:
     fleet = open_fleet()
     links = fleet.links(patience=replace(SHORT, answer_s=LONG_S))
@@ -271,7 +226,9 @@ def test_maps_that_the_workers_do_not_have_are_refused_and_serving_goes_on(
     assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted)
 
 
-def test_another_checkpoints_rows_and_rows_of_another_width_are_refused(open_fleet: Open) -> None:
+def test_another_checkpoints_rows_and_rows_of_another_width_are_refused(
+    open_fleet: OpenFleet,
+) -> None:
     fleet = open_fleet()
     links = fleet.links(patience=replace(SHORT, answer_s=LONG_S))
     stranger = fleet.links(patience=replace(SHORT, answer_s=LONG_S), fingerprint="0" * 16)
@@ -285,7 +242,7 @@ def test_another_checkpoints_rows_and_rows_of_another_width_are_refused(open_fle
 
 
 def test_a_worker_with_another_checkpoint_does_not_start(
-    checkpoint_dir: Callable[..., Path], open_fleet: Open
+    checkpoint_dir: Callable[..., Path], open_fleet: OpenFleet
 ) -> None:
     fleet = open_fleet()
     spec = expert_spec(checkpoint_dir("mixtral"), "m0", {0: [1]}, fingerprint=fleet.fingerprint)
@@ -294,7 +251,7 @@ def test_a_worker_with_another_checkpoint_does_not_start(
         ExpertWorker(spec, fleet.keys, fleet.monitor.address)
 
 
-def test_links_without_a_map_say_so(open_fleet: Open) -> None:
+def test_links_without_a_map_say_so(open_fleet: OpenFleet) -> None:
     fleet = open_fleet()
     with (
         closing(ExpertLinks("a stage", fleet.keys, fleet.fingerprint)) as links,
@@ -306,7 +263,7 @@ def test_links_without_a_map_say_so(open_fleet: Open) -> None:
 # --- damaged messages -------------------------------------------------------------------------
 
 
-def test_damaged_messages_harm_neither_workers_nor_stages(open_fleet: Open) -> None:
+def test_damaged_messages_harm_neither_workers_nor_stages(open_fleet: OpenFleet) -> None:
     fleet = open_fleet()
     links = fleet.links()
     wanted = links.run(LAYER, COUNTS, rows())
@@ -339,193 +296,13 @@ def test_damaged_messages_harm_neither_workers_nor_stages(open_fleet: Open) -> N
         assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted)
 
 
-# --- losing workers ---------------------------------------------------------------------------
-
-
-def test_a_sibling_that_is_silent_is_named_by_its_front(open_fleet: Open) -> None:
-    fleet = open_fleet()
-    links = fleet.links(patience=SHORT)
-    links.run(LAYER, COUNTS, rows())
-
-    fleet.workers["f1"].stop()
-
-    with pytest.raises(ExpertCallError, match="f1 did not answer f0 of its node in time") as caught:
-        links.run(LAYER, COUNTS, rows())
-    assert caught.value.devices == ("f0", "f1")
-
-
-def test_a_front_that_is_silent_is_named(open_fleet: Open) -> None:
-    fleet = open_fleet()
-    links = fleet.links(patience=SHORT)
-    links.run(LAYER, COUNTS, rows())
-
-    fleet.workers["n0"].stop()
-
-    with pytest.raises(ExpertCallError, match=r"n0, n1 did not answer within 0\.5 s") as caught:
-        links.run(LAYER, COUNTS, rows())
-    assert caught.value.devices == ("n0", "n1")
-
-
-def test_a_lost_worker_is_not_waited_for(open_fleet: Open) -> None:
-    fleet = open_fleet()
-    links = fleet.links(patience=Patience(answer_s=3600.0, reroute_s=0.0))
-    fleet.workers["f1"].stop()
-    threading.Timer(0.1, lambda: links.lose([fleet.routes.nodes[1].workers["f1"]])).start()
-
-    with pytest.raises(ExpertCallError, match="a device of f0, f1 was lost"):
-        links.run(LAYER, COUNTS, rows())
-
-
-def without(routes: EvenRoutes, device: str) -> EvenRoutes:
-    """The same map without one device: its replicas elsewhere take its rows."""
-    holders = [[d for d in devices if d != device] for devices in routes.holders]
-    nodes = []
-    for node in routes.nodes:
-        workers = {d: address for d, address in node.workers.items() if d != device}
-        nodes.append(ExpertNode(next(iter(workers)), workers))
-    return replace(routes, holders=holders, nodes=nodes)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_layer_goes_on_with_replicas_when_a_worker_is_lost(device: str, open_fleet: Open) -> None:
-    fleet = open_fleet("olmoe", 2)
-    failures: list[ExpertError] = []
-
-    def take_over(error: ExpertError) -> None:
-        failures.append(error)
-        links.use(without(fleet.routes, device))
-
-    links = fleet.links(patience=replace(SHORT, reroute_s=LONG_S), on_failure=take_over)
-    fleet.workers[device].stop()
-
-    got = links.run(LAYER, COUNTS, rows())
-
-    assert torch.equal(got, wanted_rows(fleet, without(fleet.routes, device)))
-    assert len(failures) == links.num_repeated == 1
-
-
-def test_a_step_waits_for_a_map_from_elsewhere(open_fleet: Open) -> None:
-    fleet = open_fleet(spare=48)
-    failed = threading.Event()
-    links = fleet.links(
-        patience=replace(SHORT, reroute_s=LONG_S), on_failure=lambda _: failed.set()
-    )
-    fleet.workers["f1"].stop()
-    rest = [device for device in DEVICES if device != "f1"]
-
-    def reload() -> None:
-        assert failed.wait(LONG_S)
-        new = spread(rest, 8, version=1)
-        links.use(without(fleet.prepare(new), "f1"))
-
-    controller = threading.Thread(target=reload)
-    controller.start()
-    got = links.run(LAYER, COUNTS, rows())
-    controller.join()
-
-    assert links.num_repeated == 1
-    assert torch.allclose(got, wanted_rows(fleet), atol=1e-5)
-
-
-def test_a_killed_worker_process_is_noticed_within_the_deadline(
-    checkpoint_dir: Callable[..., Path],
-) -> None:
-    path = checkpoint_dir("olmoe")
-    keys = wire.WireKeys.make()
-    fingerprint = expert_fingerprint(Checkpoint.open(str(path)))
-    spec = expert_spec(path, "p0", {LAYER: list(range(8))})
-    with (
-        closing(wire.Inbox("monitor", keys)) as monitor,
-        closing(ExpertLinks("a stage", keys, fingerprint, patience=SHORT)) as links,
-    ):
-        process = ExpertProcess(spec, keys, monitor.address)
-        try:
-            address = process.ready()
-            process.connect([links.address], {})
-            links.use(EvenRoutes(0, [["p0"]] * 8, [ExpertNode("p0", {"p0": address})]))
-            before = links.run(LAYER, COUNTS, rows())
-            process.kill()
-            with pytest.raises(ExpertCallError, match="p0 did not answer within"):
-                links.run(LAYER, COUNTS, rows())
-        finally:
-            process.kill()
-
-    assert before.shape == rows().shape
-
-
-# --- paced devices and reports ----------------------------------------------------------------
-
-
-def test_a_paced_device_takes_what_its_experts_are_declared_to(open_fleet: Open) -> None:
-    fleet = open_fleet(kind="paced")
-    links = fleet.links()
-    for _ in range(3):
-        links.run(LAYER, COUNTS, rows())
-
-    reports: dict[str, Any] = {}
-    while len(reports) < len(DEVICES) or any(r["calls"] < 3 for r in reports.values()):
-        parts = fleet.monitor.receive(LONG_S)
-        assert parts is not None
-        assert bytes(parts[0]) == wire.REPORT
-        report = msgpack.unpackb(parts[1])
-        reports[report["experts"]] = report
-    for report in reports.values():
-        assert report["calls"] == 3
-        assert report["busy_s"] >= report["predicted_s"] > 0
-        assert report["versions"] == [0]
-
-
-# --- gradients --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["mixtral", "gpt_oss"])
-def test_gradients_come_back_over_the_wire(
-    model_type: str, checkpoint_dir: Callable[..., Path], open_fleet: Open
-) -> None:
-    path = checkpoint_dir(model_type)
-    fleet = open_fleet(model_type, 2)
-    models = [AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for _ in range(2)]
-    for model in models:
-        model.set_experts_implementation(EXPERTS_NAME)
-    whole, lean = models
-    lend_experts(lean.model.layers, range(6), fleet.links())
-    tokens = torch.tensor([prompts()[-1]])
-
-    for model in models:
-        model(tokens, labels=tokens).loss.backward()
-
-    wanted = {name: p.grad for name, p in whole.named_parameters() if p.grad is not None}
-    for name, parameter in lean.named_parameters():
-        assert parameter.grad is not None
-        assert torch.allclose(parameter.grad, wanted.pop(name), rtol=1e-4, atol=1e-6)
-    summed: dict[tuple[int, int], Any] = {}
-    for worker in fleet.workers.values():
-        for key, weights in worker.take_gradients().items():
-            first = torch.from_numpy(weights[0])
-            summed[key] = summed.get(key, torch.zeros(())) + first
-    for (layer, expert), gradient in summed.items():
-        of_all = wanted[f"model.layers.{layer}.mlp.experts.gate_up_proj"]
-        assert torch.allclose(gradient, of_all[expert], rtol=1e-4, atol=1e-6)
-    assert {layer for layer, _ in summed} == set(range(6))
-
-
-def test_a_failed_backward_is_not_sent_again(open_fleet: Open) -> None:
-    fleet = open_fleet()
-    links = fleet.links(patience=replace(SHORT, reroute_s=LONG_S))
-    fleet.workers["f1"].stop()
-
-    with pytest.raises(ExpertCallError, match="f1 did not answer"):
-        links.backward(LAYER, COUNTS, rows(), rows(1))
-    assert links.num_repeated == 0
-
-
 def take(inbox: wire.Inbox) -> Sequence[memoryview]:
     parts = inbox.receive(LONG_S)
     assert parts is not None
     return parts
 
 
-def test_a_call_from_a_sibling_goes_no_further(open_fleet: Open) -> None:
+def test_a_call_from_a_sibling_goes_no_further(open_fleet: OpenFleet) -> None:
     fleet = open_fleet()
     n0, n1 = fleet.workers["n0"], fleet.workers["n1"]
     fleet.links()

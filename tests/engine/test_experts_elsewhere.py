@@ -13,7 +13,7 @@ import pytest
 import torch
 from expert_routes import EvenRoutes, experts_by_layer, open_hosts, spread
 from identity import Expected, check_identical, generate
-from tiny_models import ARCHITECTURES, MOE
+from tiny_models import MOE, num_experts
 from transformers import AutoModelForCausalLM
 
 from actors.engine.batch import Rows, StepBatch
@@ -39,11 +39,6 @@ PLACEMENTS = {
     "4 devices, 3 replicas": (4, 3),
 }
 """(devices, replicas of each expert)"""
-
-
-def num_experts(model_type: str) -> int:
-    sizes = ARCHITECTURES[model_type]
-    return int(sizes.get("num_experts") or sizes["num_local_experts"])
 
 
 def prompts() -> list[tuple[int, ...]]:
