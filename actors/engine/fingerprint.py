@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from actors.engine.checkpoint import Checkpoint, TensorInfo
+from actors.engine.skeleton import by_file
 
 _SAMPLED_VALUES = 16
 _VOLATILE = ("transformers_version", "_name_or_path")
@@ -33,10 +33,7 @@ def expert_fingerprint(checkpoint: Checkpoint) -> str:
 
 
 def _samples(infos: Iterable[TensorInfo]) -> Iterator[tuple[str, bytes]]:
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in infos:
-        by_file.setdefault(info.file, []).append(info)
-    for file, own in by_file.items():
+    for file, own in by_file(infos).items():
         # Mapped, not read: a slice then touches its own pages alone.
         with safe_open(file, framework="pt", backend="mmap") as handle:
             for info in own:

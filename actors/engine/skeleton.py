@@ -106,10 +106,7 @@ def fill_parameters(
 
 def _read(owned: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
     """Yield the owned tensors, file by file; `pread` touches their bytes and no others."""
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in owned:
-        by_file.setdefault(info.file, []).append(info)
-    for file, infos in by_file.items():
+    for file, infos in by_file(owned).items():
         with safe_open(file, framework="pt", backend="pread") as handle:
             for info in infos:
                 yield info, handle.get_tensor(info.stored_name)
@@ -154,18 +151,27 @@ def fill_expert(
 def _read_expert(
     stored: Iterable[TensorInfo], expert: int, num_experts: int
 ) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-    for info in stored:
+    for file, infos in by_file(stored).items():
         # Mapped: `pread` would read all of a tensor of which a slice is wanted.
-        with safe_open(info.file, framework="pt", backend="mmap") as handle:
-            if info.expert is not None:
-                yield info, handle.get_tensor(info.stored_name)
-            elif info.shape[0] == num_experts:
-                yield info, handle.get_slice(info.stored_name)[expert]
-            else:
-                raise CheckpointError(
-                    f"{info.file}: {info.stored_name!r} holds {info.shape[0]} experts, config.json "
-                    f"says {num_experts}; is it of another checkpoint?"
-                )
+        with safe_open(file, framework="pt", backend="mmap") as handle:
+            for info in infos:
+                if info.expert is not None:
+                    yield info, handle.get_tensor(info.stored_name)
+                elif info.shape[0] == num_experts:
+                    yield info, handle.get_slice(info.stored_name)[expert]
+                else:
+                    raise CheckpointError(
+                        f"{file}: {info.stored_name!r} holds {info.shape[0]} experts, config.json "
+                        f"says {num_experts}; is it of another checkpoint?"
+                    )
+
+
+def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
+    """Group tensors by the file that stores them."""
+    grouped: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
+        grouped.setdefault(info.file, []).append(info)
+    return grouped
 
 
 def by_columns(matrix: torch.Tensor) -> torch.Tensor:
