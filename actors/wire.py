@@ -37,6 +37,9 @@ REPORT = b"report"
 REFUSED = b"refused"
 FAIL = b"fail"
 ADAPTER = b"adapter"
+EXPERTS = b"experts"
+EXPERT_GRADIENTS = b"expert gradients"
+ROWS = b"rows"
 
 MAX_PART_BYTES = 256 * 2**20
 """A receiver cuts off who sends a larger part, before it is allocated."""

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -155,6 +155,15 @@ def expert_row_s(device: Device, layer: LayerCost) -> float:
     expert_bytes = layer.routed_bytes / layer.num_experts
     used_bytes = layer.weight_bytes - layer.routed_bytes + layer.experts_per_token * expert_bytes
     return layer.flops_per_token * expert_bytes / used_bytes / device.flops_per_s
+
+
+def experts_s(device: Device, layer: LayerCost, rows: Iterable[int]) -> float:
+    """Return the seconds of one call: so many rows through each of several routed experts.
+
+    Each expert's weights are read once, while its rows are computed.
+    """
+    read_s, row_s = expert_read_s(device, layer), expert_row_s(device, layer)
+    return sum(max(read_s, count * row_s) for count in rows)
 
 
 def layer_read_bytes(layer: LayerCost, tokens: int) -> float:

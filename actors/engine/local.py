@@ -14,6 +14,7 @@ import torch
 from actors.engine.batching import LaneLimits, Scheduler
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.config import EngineConfig
+from actors.engine.experts import ExpertDispatcher
 from actors.engine.requests import FinishReason, Request, TokenLogprob
 from actors.engine.slice import StageSlice
 
@@ -39,6 +40,7 @@ class LocalPipeline:
         *,
         config: EngineConfig | None = None,
         device: str = "cpu",
+        experts: ExpertDispatcher | None = None,
     ) -> None:
         self.config = config or EngineConfig()
         bounds = [0, *cuts, checkpoint.num_layers]
@@ -46,7 +48,13 @@ class LocalPipeline:
         num_blocks = self.config.num_kv_blocks or 256
         self.stages = [
             StageSlice(
-                checkpoint, first, end, config=self.config, num_kv_blocks=num_blocks, device=device
+                checkpoint,
+                first,
+                end,
+                config=self.config,
+                num_kv_blocks=num_blocks,
+                device=device,
+                experts=experts,
             )
             for first, end in pairwise(bounds)
         ]

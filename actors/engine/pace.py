@@ -8,6 +8,7 @@ schedule behaviour. The declared time is `placement.costs`', the one that planne
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,6 +37,8 @@ class DeviceClock:
     """Paced only: by how much the real work outlasted the declared time, summed over steps."""
     late_steps: int = 0
     steps: int = 0
+    booked_until_s: float = -math.inf
+    """When work that was booked ends."""
 
     def finish(self, batch: StepBatch, started_s: float, cost: StageCost) -> float:
         """End the step that began at `started_s`; returns the seconds it occupied the device."""
@@ -48,11 +51,30 @@ class DeviceClock:
         self.steps += 1
         return occupied_s
 
-    def _wait_until(self, end_s: float) -> None:
-        left_s = end_s - self.now_s()
+    def book(self, arrived_s: float, declared_s: float) -> float:
+        """Account for work that has just been computed, and do not wait; returns when it ends.
+
+        It begins when it arrived, or when what was booked before ends.
+        """
+        started_s, end_s = max(arrived_s, self.booked_until_s), self.now_s()
+        if self.is_paced:
+            declared_end_s = started_s + declared_s * self.slowness
+            self._note_late(declared_end_s - end_s)
+            end_s = max(end_s, declared_end_s)
+        self.predicted_s += declared_s
+        self.busy_s += end_s - started_s
+        self.steps += 1
+        self.booked_until_s = end_s
+        return end_s
+
+    def _note_late(self, left_s: float) -> None:
         if left_s < 0:
             self.late_s -= left_s
             self.late_steps += 1
+
+    def _wait_until(self, end_s: float) -> None:
+        left_s = end_s - self.now_s()
+        self._note_late(left_s)
         while left_s > 0:
             self.sleep(left_s)
             left_s = end_s - self.now_s()

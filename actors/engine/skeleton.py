@@ -106,25 +106,99 @@ def fill_parameters(
 
 def _read(owned: Iterable[TensorInfo]) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
     """Yield the owned tensors, file by file; `pread` touches their bytes and no others."""
-    by_file: dict[Path, list[TensorInfo]] = {}
-    for info in owned:
-        by_file.setdefault(info.file, []).append(info)
-    for file, infos in by_file.items():
+    for file, infos in by_file(owned).items():
         with safe_open(file, framework="pt", backend="pread") as handle:
             for info in infos:
                 yield info, handle.get_tensor(info.stored_name)
 
 
+def fill_expert(
+    checkpoint: Checkpoint,
+    stored: Iterable[TensorInfo],
+    expert: int,
+    num_experts: int,
+    parts: Mapping[str, torch.Tensor],
+) -> int:
+    """Read one expert's tensors into `parts`, by the last word of their parameters' names.
+
+    Of a tensor that holds all experts of a layer, only this one's bytes are read. Returns the bytes
+    read.
+
+    Raises:
+        CheckpointError: A tensor has no place or another shape, or a part is left unfilled.
+    """
+    filled: dict[str, int] = dict.fromkeys(parts, 0)
+    num_bytes = 0
+    for info, tensor in _read_expert(stored, expert, num_experts):
+        name = info.parameter.rpartition(".")[2]
+        if name not in parts:
+            raise CheckpointError(
+                f"{info.file}: tensor {info.stored_name!r} has no place in an expert of "
+                f"{checkpoint.architecture} ({', '.join(parts)})"
+            )
+        _copy(_half(parts[name], info), info, tensor)
+        filled[name] += tensor.numel()
+        num_bytes += tensor.numel() * tensor.element_size()
+    for name, part in parts.items():
+        if filled[name] != part.numel():
+            raise CheckpointError(
+                f"{checkpoint.path}: {name} of expert {expert} has {filled[name]} of "
+                f"{part.numel()} values; a shard is missing"
+            )
+    return num_bytes
+
+
+def _read_expert(
+    stored: Iterable[TensorInfo], expert: int, num_experts: int
+) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
+    for file, infos in by_file(stored).items():
+        # Mapped: `pread` would read all of a tensor of which a slice is wanted.
+        with safe_open(file, framework="pt", backend="mmap") as handle:
+            for info in infos:
+                if info.expert is not None:
+                    yield info, handle.get_tensor(info.stored_name)
+                elif info.shape[0] == num_experts:
+                    yield info, handle.get_slice(info.stored_name)[expert]
+                else:
+                    raise CheckpointError(
+                        f"{file}: {info.stored_name!r} holds {info.shape[0]} experts, config.json "
+                        f"says {num_experts}; is it of another checkpoint?"
+                    )
+
+
+def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
+    """Group tensors by the file that stores them."""
+    grouped: dict[Path, list[TensorInfo]] = {}
+    for info in infos:
+        grouped.setdefault(info.file, []).append(info)
+    return grouped
+
+
+def by_columns(matrix: torch.Tensor) -> torch.Tensor:
+    """Return an empty matrix, or several, of this shape with the input dimension outermost.
+
+    MKL multiplies few rows by such a matrix 1.3 to 2.2 times faster (8 to 32 rows, widths 192 to
+    1408, one thread), because it needs no repacking.
+    """
+    *outer, rows, columns = matrix.shape
+    return matrix.new_empty(*outer, columns, rows).transpose(-1, -2)
+
+
 def _fill(parameter: torch.Tensor, info: TensorInfo, tensor: torch.Tensor) -> None:
     """Copy a stored tensor into its parameter, or into its expert's part of a fused one."""
-    target = parameter.data
-    if info.expert is not None:
-        target = target[info.expert]
-        half = target.shape[0] // 2
-        if info.part == "gate":
-            target = target[:half]
-        elif info.part == "up":
-            target = target[half:]
+    whole = parameter.data
+    _copy(whole if info.expert is None else _half(whole[info.expert], info), info, tensor)
+
+
+def _half(matrix: torch.Tensor, info: TensorInfo) -> torch.Tensor:
+    """Return the part of an expert's matrix that a stored tensor fills."""
+    half = matrix.shape[0] // 2
+    if info.part == "gate":
+        return matrix[:half]
+    return matrix[half:] if info.part == "up" else matrix
+
+
+def _copy(target: torch.Tensor, info: TensorInfo, tensor: torch.Tensor) -> None:
     if target.shape != tensor.shape:
         raise CheckpointError(
             f"{info.file}: {info.stored_name!r} has shape {tuple(tensor.shape)}, the architecture "

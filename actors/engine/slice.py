@@ -18,9 +18,10 @@ from actors.engine.attention import ATTENTION_NAME, KVCache, PagedRows
 from actors.engine.batch import StepBatch, StepBounds, StepResult
 from actors.engine.checkpoint import EMBEDDING, HEAD, Checkpoint, TensorInfo
 from actors.engine.config import EngineConfig
+from actors.engine.experts import ExpertDispatcher, lend_experts
 from actors.engine.lora import SliceAdapters
 from actors.engine.requests import TokenLogprob
-from actors.engine.skeleton import Progress, build_skeleton, fill_parameters
+from actors.engine.skeleton import Progress, build_skeleton, by_columns, fill_parameters
 
 _EMBED = "model.embed_tokens"
 _NORM = "model.norm"
@@ -41,6 +42,9 @@ class StageSlice:
     `num_kv_blocks` is each lane's. `bytes_read` counts the tensor bytes taken
     from disk: the slice's own and no others. A slice made by `recut` shares layers and their KV
     with the one it came from; what neither of two needs goes with the last that has it.
+
+    With `experts` its routed experts are elsewhere: they are neither allocated nor read, and the
+    dispatcher runs their rows. Routers stay.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class StageSlice:
         device: str = "cpu",
         on_progress: Progress | None = None,
         held: StageSlice | None = None,
+        experts: ExpertDispatcher | None = None,
     ) -> None:
         if not 0 <= first_layer < end_layer <= checkpoint.num_layers:
             raise ValueError(
@@ -69,6 +74,7 @@ class StageSlice:
         self.device = torch.device(device)
         self.dtype = resolve_dtype(config.dtype, self.device)
         self._checkpoint = checkpoint
+        self._experts = experts
         model = build_skeleton(checkpoint, self.dtype, attention=ATTENTION_NAME)
         # Buffers (inverse frequencies) are computed, not stored, so they are built for real.
         self.rotary = type(model.model.rotary_emb)(config=model.config).to(self.device)
@@ -78,6 +84,8 @@ class StageSlice:
         self._modules: dict[str, Any] = {
             name: shared[name] if name in shared else model.get_submodule(name) for name in names
         }
+        if experts is not None:
+            lend_experts(model.model.layers, range(first_layer, end_layer), experts)
         self.bytes_read = self._load(
             {name: module for name, module in self._modules.items() if name not in shared},
             on_progress or (lambda _: None),
@@ -130,6 +138,7 @@ class StageSlice:
             device=str(self.device),
             on_progress=on_progress,
             held=self,
+            experts=self._experts,
         )
 
     def settle(self, old: Iterable[StageSlice], later: Sequence[StageSlice] = ()) -> None:
@@ -247,7 +256,7 @@ class StageSlice:
         owned = [
             info
             for info in self._checkpoint.owned(self.first_layer, self.end_layer)
-            if self._targets(info, modules)
+            if self._targets(info, modules) and not self._is_elsewhere(info)
         ]
         return fill_parameters(
             self._checkpoint,
@@ -256,6 +265,9 @@ class StageSlice:
             targets=lambda info: self._targets(info, modules),
             on_progress=on_progress,
         )
+
+    def _is_elsewhere(self, info: TensorInfo) -> bool:
+        return self._experts is not None and ".experts." in info.parameter
 
     def _targets(self, info: TensorInfo, modules: Mapping[str, torch.nn.Module]) -> list[str]:
         """Parameters of these modules that a stored tensor fills; a tied embedding is the head
@@ -273,15 +285,10 @@ def _module_of(parameter: str) -> str:
 
 
 def _store_by_columns(root: torch.nn.Module) -> None:
-    """Lay matrices out with their input dimension outermost; shapes and values stay the same.
-
-    MKL multiplies few rows by such a matrix 1.3 to 2.2 times faster (8 to 32 rows, widths 192 to
-    1408, one thread), because it needs no repacking.
-    """
+    """Lay matrices out as few rows are multiplied fastest; shapes and values stay the same."""
     for module in root.modules():
         is_matrix = isinstance(module, torch.nn.Linear)
         is_experts = getattr(module, "is_transposed", None) is False
         for parameter in module.parameters(recurse=False):
             if (is_matrix or is_experts) and parameter.ndim >= 2:
-                *outer, rows, columns = parameter.shape
-                parameter.data = parameter.new_empty(*outer, columns, rows).transpose(-1, -2)
+                parameter.data = by_columns(parameter)

@@ -156,3 +156,41 @@ def test_on_the_real_clock_a_paced_step_takes_at_least_the_declared_time() -> No
 
     assert time.monotonic() - started_s >= 0.04 - 1e-9
     assert occupied_s >= 0.04 - 1e-9
+
+
+# --- work that nobody waits for ---------------------------------------------------------------
+
+
+def test_booked_work_begins_when_the_work_before_it_ends() -> None:
+    time_ = FakeTime()
+    clock = device(time_)
+
+    ends = [clock.book(100.0, 2.0), clock.book(100.5, 1.0)]
+    time_.now = 110.0
+    ends.append(clock.book(109.0, 3.0))
+
+    assert ends == [102.0, 103.0, 112.0]
+    assert time_.slept == []
+    assert (clock.busy_s, clock.predicted_s, clock.steps) == (6.0, 6.0, 3)
+    assert clock.late_steps == 0
+
+
+def test_booked_work_that_took_longer_than_declared_is_late() -> None:
+    time_ = FakeTime()
+    clock = device(time_)
+    time_.now = 105.0
+
+    assert clock.book(100.0, 2.0) == 105.0
+    assert (clock.late_s, clock.late_steps) == (3.0, 1)
+    assert clock.book(105.0, 2.0) == 107.0
+    clock.slowness = 2.0
+    assert clock.book(105.0, 2.0) == 111.0
+
+
+def test_booked_work_of_a_real_device_takes_what_it_took() -> None:
+    time_ = FakeTime()
+    clock = device(time_, is_paced=False)
+    time_.now = 101.0
+
+    assert clock.book(100.0, 50.0) == 101.0
+    assert (clock.busy_s, clock.predicted_s, clock.late_s) == (1.0, 50.0, 0.0)

@@ -49,6 +49,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 MOE = ("qwen3_moe", "mixtral", "olmoe", "gpt_oss")
 
 
+def num_experts(model_type: str) -> int:
+    """Of each layer of a model in `MOE`."""
+    sizes = ARCHITECTURES[model_type]
+    return int(sizes.get("num_experts") or sizes["num_local_experts"])
+
+
 def make_model(model_type: str, seed: int = 0, **sizes: Any) -> Any:
     """A random model whose best two logits are well apart (its head is scaled up)."""
     torch.manual_seed(seed)

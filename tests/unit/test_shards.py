@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from placement.costs import expert_read_s, expert_row_s, layer_step_s
+from placement.costs import expert_read_s, expert_row_s, experts_s, layer_step_s
 from placement.errors import InfeasiblePlanError
 from placement.measured import LayerSample, MeasuredLayer
 from placement.shards import ShardsPlan, plan_shards, without_experts
@@ -55,6 +55,13 @@ def test_the_dense_part_and_the_experts_of_a_row_are_all_of_its_flops() -> None:
     assert dense.weight_bytes == 100
     assert expert_row_s(device("a"), SPARSE) == pytest.approx(100.0 / 1e3)
     assert expert_read_s(device("a"), SPARSE) == pytest.approx(50 / 1e6)
+
+
+def test_each_expert_of_a_call_is_read_while_its_rows_are_computed() -> None:
+    slow_memory = device("a", memory_bytes_per_s=100.0)
+
+    assert experts_s(slow_memory, SPARSE, [1, 5, 20]) == pytest.approx(0.5 + 0.5 + 2.0)
+    assert experts_s(slow_memory, SPARSE, []) == 0
 
 
 def test_a_faster_device_takes_experts_off_the_stage_and_is_reached_by_one_message() -> None:

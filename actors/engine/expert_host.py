@@ -1,0 +1,160 @@
+"""Which experts a device holds in which version of the expert map.
+
+A version is prepared beside running calls and is there all or not at all; calls name the version
+that they were divided by, and are served as long as it is kept. What no version needs is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+
+from actors.engine.expert_calls import ExpertError
+from actors.engine.expert_slots import ExpertSlots, Weights
+
+Holding = frozenset[tuple[int, int]]
+"""(layer, expert) of each expert that a version has here."""
+
+
+class ExpertHost:
+    """The experts of one device by map version. Calls run one at a time."""
+
+    def __init__(self, slots: ExpertSlots) -> None:
+        self._slots = slots
+        self._changing = threading.Lock()
+        """Held while a version is made or given up."""
+        self._turn = threading.Lock()
+        """Held while a call runs; a version changes only between calls."""
+        self._given_up: set[int] = set()
+        self._versions: dict[int, Holding] = {}
+        self._gradients: dict[tuple[int, int], Weights] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the checkpoint."""
+        return self._slots.fingerprint
+
+    @property
+    def bytes_read(self) -> int:
+        return self._slots.bytes_read
+
+    @property
+    def versions(self) -> tuple[int, ...]:
+        """Those that calls may name."""
+        return tuple(sorted(self._versions))
+
+    def experts(self, version: int) -> Holding:
+        """Return what a version has here."""
+        return self._versions[version]
+
+    def prepare(self, version: int, experts: Mapping[int, Iterable[int]]) -> None:
+        """Load what a version has here by layer, beside running calls. Again: nothing happens.
+
+        Raises:
+            ExpertError: An expert that does not exist, or no free slot; nothing has changed then.
+            CheckpointError: Its tensors cannot be read; nothing has changed then.
+        """
+        wanted = frozenset((layer, expert) for layer, own in experts.items() for expert in own)
+        for layer, expert in sorted(wanted):
+            self._slots.check_exists(layer, expert)
+        with self._changing:
+            if self._versions.get(version, wanted) != wanted:
+                raise ExpertError(
+                    f"map version {version} has other experts here already; give the new map "
+                    "another number"
+                )
+            try:
+                for layer, expert in sorted(wanted - self._slots.held):
+                    self._slots.load(layer, expert)
+            except BaseException:
+                self._drop_unused()
+                raise
+            if version not in self._given_up:
+                with self._turn:
+                    self._versions[version] = wanted
+            self._drop_unused()
+
+    def retire(self, version: int) -> None:
+        """Forget versions before this one, once their calls have ended."""
+        self._keep(lambda number: number >= version)
+
+    def forget(self, version: int) -> None:
+        """Undo `prepare` of a version that never came into force; it may still be loading."""
+        self._given_up.add(version)
+        self._keep(lambda number: number != version)
+
+    def run(
+        self,
+        version: int,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        rows_SH: torch.Tensor,
+    ) -> torch.Tensor:
+        """Run rows sorted by expert, (expert, how many) one after another: (S, H).
+
+        Raises:
+            ExpertError: The version or one of its experts is not here, or the rows do not fit.
+        """
+        with self._turn:
+            self._check(version, layer, experts)
+            return self._slots.run(layer, experts, rows_SH)
+
+    def backward(
+        self,
+        version: int,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        rows_SH: torch.Tensor,
+        gradient_SH: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the gradient of the rows (see `ExpertSlots.backward`), (S, H).
+
+        Those of the weights are added up until `take_gradients`.
+
+        Raises:
+            ExpertError: As `run`.
+        """
+        with self._turn:
+            self._check(version, layer, experts)
+            into_rows, into_weights = self._slots.backward(layer, experts, rows_SH, gradient_SH)
+            for expert, new in into_weights.items():
+                old = self._gradients.get((layer, expert))
+                if old is not None:
+                    new = tuple(a.add_(b) for a, b in zip(old, new, strict=True))
+                self._gradients[layer, expert] = new
+            return into_rows
+
+    def take_gradients(self) -> dict[tuple[int, int], Weights]:
+        """Return the weights' gradients by (layer, expert) since the last time, in the order of
+        `actors.engine.experts.weight_names`; those of replicas add up to the whole."""
+        with self._turn:
+            taken, self._gradients = self._gradients, {}
+            return taken
+
+    def _check(self, version: int, layer: int, experts: Sequence[tuple[int, int]]) -> None:
+        holding = self._versions.get(version)
+        if holding is None:
+            raise ExpertError(
+                f"expert map version {version} is not here, there are {list(self.versions)}; "
+                "prepare it, or divide the rows by one of these"
+            )
+        missing = [expert for expert, _ in experts if (layer, expert) not in holding]
+        if missing:
+            raise ExpertError(
+                f"experts {missing} of layer {layer} are not here in map version {version}; the "
+                "caller's map of that version says otherwise, make it anew"
+            )
+
+    def _keep(self, is_kept: Callable[[int], bool]) -> None:
+        with self._turn:
+            self._versions = {n: held for n, held in self._versions.items() if is_kept(n)}
+        with self._changing:
+            self._drop_unused()
+
+    def _drop_unused(self) -> None:
+        with self._turn:
+            used = frozenset().union(*self._versions.values())
+            for layer, expert in self._slots.held - used:
+                self._slots.drop(layer, expert)
