@@ -241,6 +241,10 @@ class Fleet:
         """Whether `lost` will tell that this member is no more; it is not worth waiting for."""
         return self._watches.has_noted(member)
 
+    def is_quiet(self, member: Member) -> bool:
+        """Whether a member owes the answer to a ping."""
+        return self._watches.is_quiet(member)
+
     def wait_for(
         self,
         members: Sequence[Member],

@@ -108,6 +108,13 @@ class Watches:
         """Whether `next_loss` is about to tell of this member."""
         return any(loss.member is member for loss in list(self._noted))
 
+    def is_quiet(self, member: Member) -> bool:
+        """Whether its answer to a ping of more than a moment ago is missing."""
+        if member.asked is None or time.monotonic() - member.asked[1] < _PING_EVERY_S:
+            return False
+        answered, _ = ray.wait([member.asked[0]], timeout=0)
+        return not answered
+
     def _silent(self) -> Loss | None:
         now_s = time.monotonic()
         if now_s - self._pinged_s < _PING_EVERY_S:

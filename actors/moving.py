@@ -25,6 +25,7 @@ from placement.stages import StagesPlan
 
 _log = logging.getLogger(__name__)
 _UNDO_TIMEOUT_S = 10.0
+_HOLD_PATIENCE_S = 1.0
 _LATE = "did not answer in time"
 
 
@@ -78,7 +79,7 @@ def move(
     ]
     if tight:
         recompute = True
-        stand_still(fleet)
+        stand_still(fleet, timeout_s=_UNDO_TIMEOUT_S)
         _let_go(fleet, plan, tight, deadline_s)
     new = _load(fleet, plan, deadline_s, tight)
     loaded_s = time.monotonic()
@@ -90,7 +91,8 @@ def move(
             calls = [stage.actor.fence.remote(plan.epoch) for stage in everyone]
             fleet.wait_for(everyone, calls, time.monotonic() + step_timeout_s, _LATE)
         kv_bytes, pause_s = 0, 0.0
-        for lane in fleet.lanes.values():
+        # Lanes that may hang come last: others go on meanwhile.
+        for lane in sorted(fleet.lanes.values(), key=fleet.is_quiet):
             switched.append(lane)
             try:
                 lane_bytes, lane_s = _switch(fleet, plan, lane, recompute, step_timeout_s)
@@ -115,10 +117,13 @@ def move(
     )
 
 
-def stand_still(fleet: Fleet) -> None:
-    """Hold all lanes, whose steps have no answer: a stage is lost. `move` lets them go on."""
+def stand_still(fleet: Fleet, *, timeout_s: float = _HOLD_PATIENCE_S) -> None:
+    """Hold all lanes, whose steps have no answer: a stage is lost. `move` lets them go on.
+
+    A lane that hangs is not waited for: that it is lost is found out while others recover.
+    """
     lanes = [lane for lane in fleet.lanes.values() if not fleet.is_known_lost(lane)]
-    _best_effort(lanes, _hold, _UNDO_TIMEOUT_S)
+    _best_effort(lanes, _hold, timeout_s)
 
 
 def add_lane(fleet: Fleet, index: int, *, adapter_version: int, timeout_s: float) -> Member:

@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +48,10 @@ MAX_PARTS = 1024
 """Of one message. Only who holds the deployment's keys can send any, so this catches mistakes."""
 _SEND_TIMEOUT_S = 10.0
 _QUEUED_MESSAGES = 10_000
+_FOLDER_PREFIX = "motley-"
+_SOCKET_NAME = "inbox"
+_SWEEP_AFTER_S = 60.0
+"""A younger folder may be about to be listened in."""
 
 Parts = Sequence[bytes | memoryview]
 
@@ -118,8 +123,8 @@ class Inbox:
         self._socket.linger = 0
         self._socket.rcvhwm = _QUEUED_MESSAGES
         self._socket.maxmsgsize = MAX_PART_BYTES
-        self._directory = tempfile.mkdtemp(prefix="motley-")  # created with mode 0700
-        ipc = f"ipc://{self._directory}/inbox"
+        self._directory = tempfile.mkdtemp(prefix=_FOLDER_PREFIX)  # created with mode 0700
+        ipc = f"ipc://{self._directory}/{_SOCKET_NAME}"
         self._socket.bind(ipc)
         # A bind takes the options of its moment: what follows guards TCP and leaves the unix
         # socket, which the directory's mode guards, unencrypted.
@@ -151,6 +156,27 @@ class Inbox:
         self._authenticator.stop()
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
+
+
+def sweep() -> int:
+    """Remove this user's socket folders in which nobody listens: their processes were killed.
+    Returns how many there were."""
+    num_swept = 0
+    for folder in Path(tempfile.gettempdir()).glob(f"{_FOLDER_PREFIX}*"):
+        inbox = folder / _SOCKET_NAME
+        try:
+            found = folder.stat()
+            age_s = datetime.now(UTC).timestamp() - found.st_mtime
+            if found.st_uid != os.getuid() or age_s < _SWEEP_AFTER_S or not inbox.is_socket():
+                continue
+            with socket.socket(socket.AF_UNIX) as caller:
+                caller.connect(str(inbox))
+        except ConnectionRefusedError:
+            shutil.rmtree(folder, ignore_errors=True)
+            num_swept += 1
+        except OSError:  # it went meanwhile, or is not ours to look into
+            continue
+    return num_swept
 
 
 class Outbox:

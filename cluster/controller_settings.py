@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from placement.steering.settings import ControllerSettings
 from placement.workload import DeviceOrder, Objective
@@ -30,11 +30,18 @@ class ControllerConfig(BaseModel):
     half_step: bool = False
     """Where one slowed device is all the evidence, move half the way first."""
     link_probe_every_s: float = Field(20.0, ge=0, le=86400)
-    """Between two rounds of timing the links between nodes; 0: they are never timed."""
+    """Between two rounds of timing the links between nodes, 1 or more; 0: they are never timed."""
     silence_timeout_s: float = Field(10.0, ge=1, le=600)
     """An actor that does not answer for so long is lost, and replaced."""
     recovery_timeout_s: float = Field(60.0, ge=0, le=86400)
     """How long requests wait when nothing that is left can hold the model."""
+
+    @field_validator("link_probe_every_s")
+    @classmethod
+    def _check_every(cls, every_s: float) -> float:
+        if 0 < every_s < 1:
+            raise ValueError(f"{every_s:g} is too often; give 1 or more, or 0 for never")
+        return every_s
 
     def settings(
         self,

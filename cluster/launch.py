@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from actors import wire
 from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.checkpoint import Checkpoint, CheckpointError
@@ -119,6 +120,8 @@ async def deployment(
         adapter = await asyncio.to_thread(_open_adapter, config, checkpoint)
         loading = asyncio.create_task(asyncio.to_thread(_load_tokenizer, checkpoint))
         stack.callback(loading.cancel)
+        if num_swept := await asyncio.to_thread(wire.sweep):
+            _log.info("swept %d socket folders of processes that were killed", num_swept)
         await stack.enter_async_context(ray_session(config))
         hosts = await asyncio.to_thread(find_hosts, may_grow=joins_cluster(config))
         topology = await asyncio.to_thread(find_topology, config, hosts)

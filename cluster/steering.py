@@ -50,6 +50,8 @@ def controller_document(
         "epoch": state.epoch,
         "reason": state.halt_reason or state.why_not,
         "draining": list(state.drains),
+        "drains": dict(state.drains),
+        "num_lanes": state.num_lanes,
         "factors": dict(state.slowness),
         "links": [asdict(link) for link in links],
         "moves": [_move(move, cuts, unix_offset_s) for move in state.moves],

@@ -169,6 +169,12 @@ class Supervisor:
             raise RequestError(
                 f"no device is on node {node}; nodes: {', '.join(sorted(nodes))}", "node"
             )
+        if not cancel and nodes == {node}:
+            raise RequestError(
+                f"all {len(self._topology.devices)} devices are on node {node}, so it cannot be "
+                f"drained; start another node that joins, or stop the deployment",
+                "node",
+            )
         kind = DrainCancelled if cancel else DrainRequested
         self._shell.tell(lambda now_s: kind(at_s=now_s, node=node))
 

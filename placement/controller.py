@@ -153,13 +153,12 @@ class Controller:
         if (pending := self._standing.pending) is not None:
             return pending.plan, f"a move to epoch {pending.plan.epoch} is under way"
         proposal = self._options.proposal(now, topology, self._running)
-        if no_gain := self._patience.no_gain(proposal, self._now_s, least=0.0):
+        if no_gain := self._patience.no_gain(proposal, self._now_s, is_requested=True):
             return proposal.plan, f"would not move: {no_gain}"
-        least = self._settings.min_gain_fraction
-        waits = self._patience.no_gain(proposal, self._now_s, least=least)
-        waits = waits or self._patience.waits(self._now_s)
-        by_itself = f"; by itself it waits: {waits}" if waits else ""
-        return proposal.plan, f"would move: {proposal.verdict}{by_itself}"
+        waits = self._patience.no_gain(proposal, self._now_s, is_requested=False)
+        if waits or (waits := self._patience.waits(self._now_s)):
+            waits = f"; by itself it waits: {waits.removeprefix(proposal.verdict).strip('; ')}"
+        return proposal.plan, f"would move: {proposal.verdict}{waits}"
 
     # What events change.
 
@@ -372,8 +371,7 @@ class Controller:
         proposal = self._next_proposal()
         if proposal is None:
             return []
-        least = 0.0 if is_requested else self._settings.min_gain_fraction
-        no_gain = self._patience.no_gain(proposal, self._now_s, least=least)
+        no_gain = self._patience.no_gain(proposal, self._now_s, is_requested=is_requested)
         if is_requested:
             self._why_not = no_gain
         else:

@@ -47,12 +47,22 @@ def show_status(target: HttpTarget, output: Output) -> None:
         Text(f"{target.url}: {state}, plan {status['epoch']}, {adapter_text(status['adapter'])}"),
         status_table(status["stages"]),
         lane_table(status["lanes"]),
+        *([Text(controller_text(controller))] if (controller := status.get("controller")) else []),
         *([runs_table(runs)] if runs else []),
     )
     if not status["ready"]:
         raise NotReadyError(
             f"{target.url} is not ready: {status['reason']} ({status['progress']:.0%} loaded)"
         )
+
+
+def controller_text(controller: Mapping[str, Any]) -> str:
+    """Say in a line what the controller does and has done."""
+    text = f"controller: {controller['phase']}"
+    if controller["moves"]:
+        moves = ", ".join(f"{n} {outcome}" for outcome, n in sorted(controller["moves"].items()))
+        text += f"; rebalances: {moves}; last pause {controller['last_pause_s'] * 1e3:.0f} ms"
+    return f"{text} (`motley rebalance --dry-run` says more)"
 
 
 def adapter_text(adapter: Mapping[str, Any]) -> str:

@@ -25,7 +25,10 @@ def rebalance(target: HttpTarget, output: Output, *, is_dry: bool) -> None:
             target, "/controller/rebalance", timeout_s=_PLAN_TIMEOUT_S, method="POST"
         )
     would = answer["would"]
-    output.result(answer, Text(f"{target.url}: {would['verdict']}"), Text(_cut_text(would)))
+    verdict = would["verdict"]
+    if not is_dry:
+        verdict = verdict.replace("would move:", "moving:", 1).partition("; by itself")[0]
+    output.result(answer, Text(f"{target.url}: {verdict}"), Text(_cut_text(would)))
 
 
 def drain(target: HttpTarget, node: str, output: Output, *, cancel: bool, timeout_s: float) -> None:
@@ -43,9 +46,11 @@ def drain(target: HttpTarget, node: str, output: Output, *, cancel: bool, timeou
     deadline_s = time.monotonic() + timeout_s
     while stages := _stages_on(target, node):
         if time.monotonic() > deadline_s:
-            reason = fetch_json(target, "/controller")["controller"]["reason"]
+            controller = fetch_json(target, "/controller")["controller"]
+            reason = controller.get("drains", {}).get(node) or controller["reason"]
             raise NotReadyError(
-                f"{node} still holds {', '.join(stages)} after {timeout_s:g} s: {reason}"
+                f"{node} still holds {', '.join(stages)} after {timeout_s:g} s: {reason}; the "
+                f"drain stands until `motley drain {node} --cancel`"
             )
         time.sleep(_POLL_S)
     output.result({"node": node, "drained": True}, Text(f"{node} holds nothing any more"))

@@ -68,6 +68,18 @@ def unix_s() -> int:
     return int(datetime.now(UTC).timestamp())
 
 
+def _name(request: Request) -> str | None:
+    """Return the name that a client gives its request; None: it gives none."""
+    name = request.headers.get(_NAME_HEADER)
+    if name is not None and not name.strip():
+        raise RequestError(
+            f"the header {_NAME_HEADER} is empty; give 1 to 100 letters, digits and . _ : -, or "
+            f"leave it out",
+            _NAME_HEADER,
+        )
+    return name
+
+
 def make_http_app(
     service: GatewayService,
     access: Access,
@@ -171,14 +183,14 @@ class _Routes:
 
     async def completions(self, request: Request) -> Response:
         body = await read_body(request, CompletionBody, limit=self._request_limit)
-        name = request.headers.get(_NAME_HEADER)
+        name = _name(request)
         head = self._head("cmpl", name)
         call = await completion_call(self._service, body, head, is_named=name is not None)
         return await self._answer(request, call, stream=bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
         body = await read_body(request, ChatBody, limit=self._request_limit)
-        name = request.headers.get(_NAME_HEADER)
+        name = _name(request)
         head = self._head("chatcmpl", name)
         call = await chat_call(self._service, body, head, is_named=name is not None)
         return await self._answer(request, call, stream=bool(body.stream))

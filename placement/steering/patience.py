@@ -9,8 +9,8 @@ from placement.steering.targets import Cut, Proposal, cut_of
 from placement.steering.trials import doubled
 
 _HOUR_S = 3600.0
-_NO_GAIN = 1e-6
-"""Rounding, not a gain."""
+LEAST_GAIN = 0.005
+"""A smaller one is rounding of measurements, and not worth the bytes."""
 
 
 class Patience:
@@ -68,10 +68,13 @@ class Patience:
         """A move for gain begins by itself."""
         self._moves_s.append(now_s)
 
-    def no_gain(self, proposal: Proposal, now_s: float, *, least: float) -> str:
-        """Say why a proposal is not worth a move; empty: it is."""
-        if proposal.gain_fraction <= _NO_GAIN or proposal.gain_fraction < least:
-            return f"{proposal.verdict}; min_gain_fraction is {least:g}"
+    def no_gain(self, proposal: Proposal, now_s: float, *, is_requested: bool) -> str:
+        """Say why a proposal is not worth a move; empty: it is. One that is asked for may gain
+        less."""
+        least = 0.0 if is_requested else self._settings.min_gain_fraction
+        knob = "" if is_requested else " by itself (min_gain_fraction)"
+        if proposal.gain_fraction < max(least, LEAST_GAIN):
+            return f"{proposal.verdict}; a move must gain {max(least, LEAST_GAIN):.1%}{knob}"
         if not proposal.is_worth_it:
             return proposal.verdict
         left_s = self.backoff_s(cut_of(proposal.plan), now_s)

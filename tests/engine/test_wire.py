@@ -314,3 +314,26 @@ def test_an_inbox_closes_while_a_sender_still_sends(keys: WireKeys, open_outbox:
 def test_a_machine_is_itself_and_tells_network_namespaces_apart() -> None:
     assert machine_id() == machine_id()
     assert machine_id().split()[-1].startswith("net:[")
+
+
+def test_folders_of_killed_processes_are_swept_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    keys = wire.WireKeys.make()
+    alive = wire.Inbox("alive", keys)
+    folders = [tmp_path / f"motley-{name}" for name in ("killed", "young")]
+    for folder in folders:
+        folder.mkdir()
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(folder / "inbox"))
+    old = Path(alive.address.ipc.removeprefix("ipc://")).parent
+    for folder in (folders[0], old):
+        os.utime(folder, (0, 0))
+    try:
+        assert wire.sweep() == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+            [old.name, "motley-young"]
+        )
+    finally:
+        alive.close()
