@@ -121,7 +121,8 @@ def shortfall(prices: StagePrices, device_order: str, *, is_proven: bool) -> str
         f"{prices.headroom_fraction:.0%}, and {found} {order} fits. The smallest stage needs "
         f"{_smallest_need_bytes(prices)} bytes, the largest device offers {max(caps)}."
         f"{_unreachable(prices)} Add devices or memory, lower kv_tokens (max_lanes "
-        f"or lanes, sequences_per_lane, context_tokens), step_tokens{headroom}, or use a smaller dtype."
+        f"or lanes, sequences_per_lane, context_tokens), step_tokens{headroom}, or use a smaller "
+        f"dtype."
     )
 
 
