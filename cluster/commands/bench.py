@@ -12,7 +12,7 @@ from cluster.commands.output import Output
 from cluster.commands.reporting import reporting
 from cluster.config import ConfigError
 from placement.sharding.loads import DEFAULT_WINDOW_STEPS, Phase
-from placement.sharding.synthetic import REGIMES, TraceRecipe
+from placement.sharding.synthetic import MOST_SIGMA, MOST_ZIPF, REGIMES, TraceRecipe
 
 bench_app = typer.Typer(
     help="Figures of this version, simulated: no model, GPU or Ray needed.",
@@ -44,13 +44,19 @@ def experts(
         int | None, typer.Option(min=1, help="Of a step; default: 1024, decoding 16.")
     ] = None,
     zipf: Annotated[
-        float, typer.Option(min=0, help="Skew: 0.2 balanced, 0.6 common, 1.2 the worst reported.")
+        float,
+        typer.Option(
+            help=f"Skew, to {MOST_ZIPF:g}: 0.2 balanced, 0.6 common, 1.2 the worst reported."
+        ),
     ] = _RECIPE.zipf,
     domain_sigma: Annotated[
-        float, typer.Option(min=0, help="How much domains of text differ, 0.5 to 1 is a lot.")
+        float,
+        typer.Option(
+            help=f"How much domains of text differ, to {MOST_SIGMA:g}; 0.5 to 1 is a lot."
+        ),
     ] = _RECIPE.domain_sigma,
     noise_sigma: Annotated[
-        float, typer.Option(min=0, help="Of the logits, slowly varying.")
+        float, typer.Option(help=f"Of the logits, slowly varying; to {MOST_SIGMA:g}.")
     ] = _RECIPE.noise_sigma,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     rows_per_s: Annotated[

@@ -20,7 +20,10 @@ from placement.sharding.decision import RebalanceSettings
 from placement.sharding.fleets import HOME_LAB_ROWS_PER_S, proportional_fleet
 from placement.sharding.replay import ReplayReport, replay
 from placement.sharding.synthetic import REGIMES, TraceRecipe, make_trace
-from placement.sharding.traces import ExpertTrace, gini
+from placement.sharding.traces import MOST_BYTES, ExpertTrace, gini
+
+LEAST_ROWS_PER_S, MOST_ROWS_PER_S = 1e-3, 1e12
+_MOST_SHOWN = 500
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +45,8 @@ def run_bench(
 ) -> None:
     """Make a trace or read one from a file, replay it, and write what every policy comes to."""
     with _usage():
+        if save is not None:
+            check_save(save)
         if isinstance(trace, TraceRecipe):
             # The last device of the fleet holds least: the others can take its experts.
             made = make_trace(trace, seed, lost_device=len(device_speeds(fleet)) - 1)
@@ -50,7 +55,7 @@ def run_bench(
         show_replay(made, fleet, output)
     if save is not None:
         save.write_bytes(made.to_bytes())
-        output.note(Text(f"wrote {save}"))
+        output.note(Text(f"wrote {_shown(save)}"))
 
 
 @contextmanager
@@ -70,21 +75,74 @@ def read_trace(path: Path) -> ExpertTrace:
     Raises:
         ConfigError: There is none, or it is no trace.
     """
+    shown = _shown(path)
     try:
+        if path.exists() and not path.is_file():
+            kind = "a folder" if path.is_dir() else "no regular file"
+            raise ValueError(f"it is {kind}; give 1 file")
+        if (num_bytes := path.stat().st_size) > MOST_BYTES:
+            raise ValueError(f"it has {num_bytes} bytes; at most {MOST_BYTES} are read")
         return ExpertTrace.from_bytes(path.read_bytes())
     except FileNotFoundError:
         raise ConfigError(
-            f"--trace {path}: there is no such file; made-up traces are called {', '.join(REGIMES)}"
+            f"--trace {shown}: there is no such file; made-up traces are called "
+            f"{', '.join(REGIMES)}"
         ) from None
+    except OSError as error:
+        raise ConfigError(f"--trace {shown}: {error.strerror}; name a file to read") from error
     except ValueError as error:
-        raise ConfigError(f"--trace {path}: {error}") from error
+        raise ConfigError(f"{shown} is no expert trace: {_shown(error)}") from error
+
+
+def check_save(path: Path) -> None:
+    """Find out whether a file can be written, and leave all as it was.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    try:
+        # What a link points to, so that taking the file away again leaves the link.
+        target = path.resolve()
+        is_there = target.exists()
+        with target.open("ab"):
+            pass
+        if not is_there:
+            target.unlink()
+    except (OSError, RuntimeError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(
+            f"--save {_shown(path)}: {why}; name a file in a folder that exists and may be "
+            f"written to"
+        ) from error
+
+
+def _shown(foreign: object) -> str:
+    """Return text that leaves a terminal as it is, in one line of some length."""
+    text = "".join(part if part.isprintable() else "\N{REPLACEMENT CHARACTER}" for part in
+                   str(foreign))  # fmt: skip
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
+
+
+def _check_losses(trace: ExpertTrace, num_devices: int) -> None:
+    lost = {device for _, device in trace.losses}
+    if lost >= set(range(num_devices)):
+        raise ConfigError(
+            f"trace {_shown(trace.name)} loses {len(lost)} devices and the fleet has "
+            f"{num_devices}: none is left for its last steps; name more devices with --rows-per-s"
+        )
 
 
 def show_replay(trace: ExpertTrace, fleet: FleetOptions, output: Output) -> None:
     """Replay a trace and write what every policy comes to."""
+    if fleet.spare_slots > trace.num_experts:
+        raise ConfigError(
+            f"--spare-slots {fleet.spare_slots} must be from 0 to the trace's "
+            f"{trace.num_experts} experts"
+        )
     devices = proportional_fleet(
         device_speeds(fleet), trace.num_experts, spare_slots=fleet.spare_slots
     )
+    _check_losses(trace, len(devices))
     expert_bytes = parse_bytes(fleet.expert_bytes)
     settings = RebalanceSettings(
         expert_bytes=expert_bytes,
@@ -135,7 +193,8 @@ def _to_json(
 
 def _table(trace: ExpertTrace, reports: Sequence[ReplayReport]) -> Table:
     table = Table(
-        title=f"{trace.name}, {trace.phase}: simulated",
+        # As text: a string would be read as markup.
+        title=Text(f"{_shown(trace.name)}, {trace.phase}: simulated", style="table.title"),
         title_justify="left",
         box=box.SIMPLE,
         pad_edge=False,
@@ -179,10 +238,18 @@ def _about(trace: ExpertTrace, devices: Sequence[ExpertDevice], skew: float) -> 
 def device_speeds(fleet: FleetOptions) -> tuple[float, ...]:
     if fleet.rows_per_s is None:
         return HOME_LAB_ROWS_PER_S
+    shown = f"--rows-per-s {_shown(fleet.rows_per_s)}"
     try:
-        return tuple(float(part) for part in fleet.rows_per_s.split(","))
+        speeds = tuple(float(part) for part in fleet.rows_per_s.split(","))
     except ValueError as error:
         raise ConfigError(
-            f"--rows-per-s {fleet.rows_per_s}: write one number for each device, as 2e5,1e5 "
-            f"({error})"
+            f"{shown}: write one number for each device, as 2e5,1e5 ({_shown(error)})"
         ) from error
+    for speed in speeds:
+        # Written so that NaN is refused too.
+        if not LEAST_ROWS_PER_S <= speed <= MOST_ROWS_PER_S:
+            raise ConfigError(
+                f"{shown}: rows_per_s ({speed}) must be from {LEAST_ROWS_PER_S:g} to "
+                f"{MOST_ROWS_PER_S:g}"
+            )
+    return speeds

@@ -21,11 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from placement.sharding.loads import Phase
-from placement.sharding.traces import ExpertTrace
+from placement.sharding.traces import MOST_BYTES, ExpertTrace
 
 Regime = Literal["stationary", "drift", "swap", "device-loss"]
 REGIMES: tuple[Regime, ...] = get_args(Regime)
 Float = NDArray[np.float32]
+MOST_ZIPF = 4.0
+MOST_SIGMA = 4.0
+_MOST_LOGITS = 80.0
+"""Below the hottest expert: exp(80) is still a number in float32, and is never drawn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,12 +71,32 @@ class TraceRecipe:
             raise ValueError(
                 f"top_k ({self.top_k}) must be from 1 to num_experts ({self.num_experts})"
             )
-        for name in ("zipf", "domain_sigma", "noise_sigma"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be 0 or more")
-        for name in ("switch_probability", "noise_rho", "stickiness"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to 1")
+        self._check_ranges()
+        self._check_size()
+
+    def _check_ranges(self) -> None:
+        for name, most in (
+            ("zipf", MOST_ZIPF),
+            ("domain_sigma", MOST_SIGMA),
+            ("noise_sigma", MOST_SIGMA),
+            ("switch_probability", 1.0),
+            ("noise_rho", 1.0),
+            ("stickiness", 1.0),
+        ):
+            # Written so that NaN is refused too.
+            if not 0.0 <= getattr(self, name) <= most:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be from 0 to {most:g}")
+
+    def _check_size(self) -> None:
+        """Refuse what would not fit memory, or a file that is read again."""
+        for others in (("num_steps", "num_layers"), ("tokens",), ("num_domains",)):
+            names = (*others, "num_experts")
+            values = [getattr(self, name) for name in names]
+            if (num_bytes := 8 * math.prod(values)) > MOST_BYTES:
+                raise ValueError(
+                    f"{' x '.join(names)} ({' x '.join(map(str, values))}) takes {num_bytes} "
+                    f"bytes; at most {MOST_BYTES} are made"
+                )
 
 
 def make_trace(recipe: TraceRecipe, seed: int, *, lost_device: int = 0) -> ExpertTrace:
@@ -130,7 +154,8 @@ class _Router:
         self._noise_E = recipe.noise_rho * self._noise_E + fresh * rng.standard_normal(
             recipe.num_experts
         )
-        inverse_GE = np.exp(-(logits_GE - logits_GE.max())).astype(np.float32)
+        below_GE = np.minimum(logits_GE.max() - logits_GE, _MOST_LOGITS)
+        inverse_GE = np.exp(below_GE).astype(np.float32)
         shape = (len(domain_N), recipe.num_experts)
         keys_NE: Float = rng.standard_exponential(shape, dtype=np.float32)
         keys_NE *= inverse_GE[domain_N]

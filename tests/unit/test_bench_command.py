@@ -56,6 +56,17 @@ def test_a_recorded_decode_trace_is_replayed(tmp_path: Path) -> None:
         (("--trace", "calm"), 2, "no such file; made-up traces are called stationary, drift"),
         (("--trace", "swap", "--rows-per-s", "fast"), 2, "write one number for each device"),
         (("--trace", "swap", "--rows-per-s", "1,-1", *SMALL), 2, "rows_per_s (-1.0)"),
+        (("--trace", "swap", "--rows-per-s", "1,1e308", *SMALL), 2, "must be from 0.001 to 1e+12"),
+        (("--trace", "swap", "--rows-per-s", "1e-300", *SMALL), 2, "rows_per_s (1e-300) must be"),
+        (("--trace", "swap", "--rows-per-s", "nan", *SMALL), 2, "rows_per_s (nan) must be"),
+        (("--trace", "swap", "--zipf", "1e308", *SMALL), 2, "zipf (1e+308) must be from 0 to 4"),
+        (("--trace", "swap", "--spare-slots", "17", *SMALL), 2, "from 0 to the trace's 16 experts"),
+        (("--trace", "swap", "--zipf", "nan", *SMALL), 2, "zipf (nan) must be from 0 to 4"),
+        (
+            ("--trace", "device-loss", *SMALL, "--rows-per-s", "1"),
+            2,
+            "trace device-loss loses 1 devices and the fleet has 1: none is left",
+        ),
         (("--trace", "swap", "--top-k", "9", "--experts", "8"), 2, "top_k (9) must be from 1"),
         (("--trace", "swap", "--copy-rate", "fast", *SMALL), 2, "'fast' is not a rate"),
         (
@@ -75,10 +86,87 @@ def test_what_cannot_be_replayed_says_why(
     assert result.stdout == ""
 
 
-def test_a_file_that_is_no_trace_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "notes.txt").write_text("hello", encoding="utf-8")
+def traced(file: Path, name: str = "mine", losses: tuple[tuple[int, int], ...] = ()) -> str:
+    rows = np.eye(8, dtype=np.int64)[:, None, :]
+    trace = ExpertTrace(name=name, phase="decode", top_k=1, rows_SLE=rows, losses=losses)
+    file.write_bytes(trace.to_bytes())
+    return str(file)
 
-    result = bench("--trace", str(tmp_path / "notes.txt"))
+
+@pytest.mark.parametrize(
+    ("data", "fact"),
+    [
+        (b"hello", "5 bytes cannot be unpacked: File is not a zip file"),
+        (None, "it is a folder; give 1 file"),
+    ],
+)
+def test_a_file_that_is_no_trace_is_refused(tmp_path: Path, data: bytes | None, fact: str) -> None:
+    file = tmp_path / "[b]no\x1btes"
+    file.mkdir() if data is None else file.write_bytes(data)
+
+    result = bench("--trace", str(file), "--json")
 
     assert result.exit_code == 2
-    assert "notes.txt: this is no expert trace" in result.stderr
+    assert result.stderr == f"motley: {tmp_path}/[b]no\ufffdtes is no expert trace: {fact}\n"
+    assert json.loads(result.stdout)["error"]["exit_code"] == 2
+
+
+def test_a_file_that_is_too_large_is_refused_unread(tmp_path: Path) -> None:
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**31 + 1)
+
+    result = bench("--trace", file.name)
+
+    assert result.exit_code == 2
+    assert "is no expert trace: it has 2147483649 bytes; at most 2147483648" in result.stderr
+
+
+def test_a_trace_that_loses_every_device_is_refused(tmp_path: Path) -> None:
+    file = traced(tmp_path / "mine", losses=((1, 0), (2, 1)))
+
+    result = bench("--trace", file, "--rows-per-s", "1,1", "--spare-slots", "8")
+
+    assert result.exit_code == 2
+    assert "trace mine loses 2 devices and the fleet has 2: none is left" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/bold]", "[/]", "a :warning: b\\"])
+def test_a_name_is_shown_as_it_is(tmp_path: Path, name: str) -> None:
+    result = bench("--trace", traced(tmp_path / "mine", name), "--rows-per-s", "2,1")
+
+    assert result.exit_code == 0, result.stderr
+    assert f"{name}, decode: simulated" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [
+        ("missing/trace", "No such file or directory"),
+        ("file/trace", "Not a directory"),
+        (".", "Is a directory"),
+        ("/proc/trace", "No such file or directory"),  # no one may write here
+    ],
+)
+def test_a_trace_that_cannot_be_saved_is_not_replayed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, why: str
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("cluster.commands.expert_bench.show_replay", None)
+
+    result = bench("--trace", "swap", *SMALL, "--save", str(tmp_path / where))
+
+    assert result.exit_code == 2
+    assert f"--save {tmp_path / where}: {why}; name a file in a folder" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+def test_what_is_there_stays_when_the_replay_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("mine", encoding="utf-8")
+    (tmp_path / "link").symlink_to("new")
+    for name in ("old", "link", "other"):
+        refused = bench(
+            "--trace", "swap", *SMALL, "--save", str(tmp_path / name), "--copy-rate", "fast"
+        )
+        assert refused.exit_code == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "old"]
+    assert (tmp_path / "old").read_text(encoding="utf-8") == "mine"
