@@ -189,6 +189,8 @@ class Controller:
                 self._lose_stages([event.device_id])
             case LinkMeasured():
                 fleet.set_link(event.to_link())
+                # What is measured from now on is not the move alone.
+                self._drop_trial("not measured: a link changed")
             case DrainRequested():
                 if not fleet.drain(event.node):
                     self._why_not = f"cannot drain {event.node}: no such node is there"

@@ -457,6 +457,23 @@ def test_a_link_that_heals_is_crossed_again_and_then_nothing_moves() -> None:
     assert running.run(600) == []
 
 
+def test_a_link_that_changes_in_a_trial_does_not_wait_for_its_end() -> None:
+    running = fleet("a", "b", "c", profile=wide_model())
+    running.slow("b", 2.0)
+    moved(running.run(6.0))
+    running.run(1.0)
+    running.running = 1.0  # a load that the trial cannot compare
+    assert running.controller.state.phase == "trial"
+    for link in slowed_links("c", "ab", 50):
+        running.change_link(link)
+
+    move = moved(running.run(running.settings.cool_down_s + 2 * WINDOW_S))
+    assert set(layers(move)) == {"a", "b"}
+    first, second = running.controller.state.moves[-2:]
+    assert (first.outcome, first.verdict) == ("done", "not measured: a link changed")
+    assert second.epoch == first.epoch + 1
+
+
 def test_a_link_whose_figures_scatter_moves_nothing() -> None:
     running = fleet("a", "b", "c", profile=wide_model())
     for times in (1.3, 0.7, 1.4, 1.0, 0.8) * 4:
