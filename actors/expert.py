@@ -114,6 +114,18 @@ class ExpertWorker:
         """
         self._host.prepare(version, experts)
 
+    def fetch(self, layer: int, expert: int) -> None:
+        """Load an expert for a version to come, beside running calls; see `ExpertHost.fetch`.
+
+        Raises:
+            ExpertError: No such expert, or no free slot.
+        """
+        self._host.fetch(layer, expert)
+
+    def release(self, layer: int, expert: int) -> None:
+        """Undo `fetch`."""
+        self._host.release(layer, expert)
+
     def swap(self, version: int) -> None:
         """Forget versions before this one; calls that name them are refused from now on."""
         self._host.retire(version)

@@ -1,0 +1,108 @@
+"""Experts of a deployment on devices of their own: tokens do not depend on where they are."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from identity import check_identical
+from leftovers import nothing_left_behind
+
+from actors.engine.requests import Request, SamplingParams
+from tests.local_ray.conftest import Served, make_config, serving
+from tests.local_ray.test_serving_identity import NUM_NEW, TEXTS, reference
+
+MODEL = "tiny-qwen3-moe"
+MIB = 2**20
+SPEEDS = (4e9, 1e9, 2.5e9, 1.2e9)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def devices(*memory_bytes: int) -> list[dict[str, Any]]:
+    """Of unequal speed, so that the plan divides experts unequally."""
+    return [
+        {
+            "id": f"cpu{i}",
+            "kind": "cpu",
+            "flops_per_s": SPEEDS[i],
+            "memory_bytes_per_s": SPEEDS[i],
+            "memory_bytes": memory,
+        }
+        for i, memory in enumerate(memory_bytes)
+    ]
+
+
+def shard_config(
+    checkpoints: Path, layer_counts: tuple[int, ...], memory: tuple[int, ...], **changes: Any
+) -> Any:
+    return make_config(
+        checkpoints / MODEL,
+        layer_counts,
+        devices=devices(*memory),
+        plan={"experts": "shards", "sequences_per_lane": 4} | changes.pop("plan", {}),
+        **changes,
+    )
+
+
+LAYOUTS = {
+    "1 device": ((6,), (64 * MIB,)),
+    "2 devices": ((4, 2), (20 * MIB, 16 * MIB)),
+    "4 devices": ((2, 0, 4, 0), (20 * MIB, 8 * MIB, 24 * MIB, 12 * MIB)),
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=48, ignore_eos=True)
+
+
+async def collect(dispatcher: Any, request: Request) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {i: [] for i in range(request.n)}
+    async for output in dispatcher.generate(request):
+        assert output.error == ""
+        tokens[output.index] += output.tokens
+    return tokens
+
+
+async def ask_all(
+    served: Served, sampling: SamplingParams, *, name: str = "r", times: int = 1
+) -> list[dict[int, list[int]]]:
+    dispatcher = served.running.dispatcher
+    prompts = [served.running.tokenizer.encode(text) for text in TEXTS]
+    requests = [
+        Request(id=f"{name}-{k}-{i}", prompt=prompt, sampling=sampling, n=1 + i % 2)
+        for k in range(times)
+        for i, prompt in enumerate(prompts)
+    ]
+    return list(await asyncio.gather(*(collect(dispatcher, request) for request in requests)))
+
+
+@pytest.fixture(scope="module")
+def sampled(serve_model: Callable[..., Served], checkpoints: Path) -> list[dict[int, list[int]]]:
+    """What a deployment with its experts in stages draws."""
+    served = serve_model(checkpoints / MODEL, (4, 2))
+    return served.call(ask_all(served, SAMPLED))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_are_those_of_stages_with_their_experts(
+    layout: str, sampled: list[dict[int, list[int]]], ray_session: None, checkpoints: Path
+) -> None:
+    counts, memory = LAYOUTS[layout]
+    with nothing_left_behind(), serving(shard_config(checkpoints, counts, memory)) as served:
+        crew = served.running.fleet.experts
+        assert crew is not None
+        copies = [len(held) for layer in crew.map.layers for held in layer.experts]
+        assert len(crew.map.devices) == len(counts)
+        if len(counts) > 1:
+            assert sum(copies) > 6 * 16, "some experts have replicas"
+            assert max(copies) > min(copies)
+        prompts = [served.running.tokenizer.encode(text) for text in TEXTS]
+
+        greedy = served.call(ask_all(served, GREEDY, name="greedy"))
+        drawn = served.call(ask_all(served, SAMPLED, name="sampled"))
+
+        check_identical(reference(checkpoints / MODEL, prompts), [tokens[0] for tokens in greedy])
+        assert drawn == sampled
+        served.wait_until_idle()
