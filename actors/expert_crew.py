@@ -119,6 +119,8 @@ class ExpertCrew:
         with self._turn:
             for worker in workers:
                 self.members[str(worker.key)] = worker
+            if self._callers:
+                self._connect()
 
     def serve(self, stages: Sequence[Member], deadline_s: float) -> None:
         """Let stages that are ready use the experts, by the map in force.

@@ -31,7 +31,9 @@ class Member:
 
     @property
     def name(self) -> str:
-        return f"lane {self.key}" if self.kind == "lane" else f"the {self.kind} on {self.key}"
+        if self.kind == "lane":
+            return f"lane {self.key}"
+        return f"the {'stage' if self.kind == 'stage' else 'expert worker'} on {self.key}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 from identity import check_identical
 from leftovers import nothing_left_behind
 
 from actors.engine.requests import Request, SamplingParams
+from actors.experts_shell import ExpertsShell
+from actors.losses import Member
+from placement.sharding.expert_map import ExpertMap
 from tests.local_ray.conftest import Served, make_config, serving
 from tests.local_ray.test_serving_identity import NUM_NEW, TEXTS, reference
 
@@ -22,14 +30,14 @@ SPEEDS = (4e9, 1e9, 2.5e9, 1.2e9)
 pytestmark = pytest.mark.timeout(300)
 
 
-def devices(*memory_bytes: int) -> list[dict[str, Any]]:
+def devices(*memory_bytes: int, speeds: tuple[float, ...] = SPEEDS) -> list[dict[str, Any]]:
     """Of unequal speed, so that the plan divides experts unequally."""
     return [
         {
             "id": f"cpu{i}",
             "kind": "cpu",
-            "flops_per_s": SPEEDS[i],
-            "memory_bytes_per_s": SPEEDS[i],
+            "flops_per_s": speeds[i],
+            "memory_bytes_per_s": speeds[i],
             "memory_bytes": memory,
         }
         for i, memory in enumerate(memory_bytes)
@@ -37,12 +45,16 @@ def devices(*memory_bytes: int) -> list[dict[str, Any]]:
 
 
 def shard_config(
-    checkpoints: Path, layer_counts: tuple[int, ...], memory: tuple[int, ...], **changes: Any
+    checkpoints: Path,
+    layer_counts: tuple[int, ...],
+    memory: tuple[int, ...],
+    speeds: tuple[float, ...] = SPEEDS,
+    **changes: Any,
 ) -> Any:
     return make_config(
         checkpoints / MODEL,
         layer_counts,
-        devices=devices(*memory),
+        devices=devices(*memory, speeds=speeds),
         plan={"experts": "shards", "sequences_per_lane": 4} | changes.pop("plan", {}),
         **changes,
     )
@@ -105,4 +117,74 @@ def test_tokens_are_those_of_stages_with_their_experts(
 
         check_identical(reference(checkpoints / MODEL, prompts), [tokens[0] for tokens in greedy])
         assert drawn == sampled
+        served.wait_until_idle()
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+LONG = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=200, ignore_eos=True)
+LOSSES = {
+    "with replicas": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu1"),
+    "on the first stage's device": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu0"),
+    "without replicas": ((4, 2, 0), (40 * MIB, 40 * MIB, 12 * MIB), (2e9, 1e9, 1e9), "cpu2"),
+    "of all experts": ((6,), (64 * MIB,), (1e9,), "cpu0"),
+}
+
+
+def kill(member: Member) -> None:
+    pid = ray.get(member.actor.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, signal.SIGKILL)
+
+
+def shell_of(served: Served) -> ExpertsShell:
+    shell = served.running.supervisor.experts
+    assert shell is not None
+    return shell
+
+
+def num_without_replica(current: ExpertMap, device_id: str) -> int:
+    """Experts of all layers that this device alone holds."""
+    held = [current.held(other) for other in current.device_ids if other != device_id]
+    return sum(
+        len(own.difference(*(layers[index] for layers in held)))
+        for index, own in enumerate(current.held(device_id))
+    )
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_requests_go_on_when_a_worker_is_killed(
+    case: str, ray_session: None, checkpoints: Path
+) -> None:
+    counts, memory, speeds, device_id = LOSSES[case]
+    with (
+        nothing_left_behind(),
+        serving(shard_config(checkpoints, counts, memory, speeds)) as served,
+    ):
+        crew = served.running.fleet.experts
+        assert crew is not None
+        shell = shell_of(served)
+        alone = num_without_replica(crew.map, device_id)
+        assert (alone == 0) == (case in list(LOSSES)[:2])
+        expected = served.call(ask_all(served, LONG))
+        version = crew.map.version
+        calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+
+        kill(crew.members[device_id])
+        killed_s = time.monotonic()
+        served.wait_until(lambda _: len(shell.recoveries) == 1)
+        known_s = time.monotonic() - killed_s
+
+        assert calls.result(120.0) == expected
+        [recovery] = shell.recoveries
+        sys.stdout.write(
+            f"{case}: {alone} experts that only {device_id} held; served again "
+            f"{recovery.seconds:.2f} s after the loss was noticed, {known_s:.2f} s after the kill "
+            "(to 0.05 s)\n"
+        )
+        assert recovery.device_id == device_id
+        assert crew.map.version > version
+        served.wait_until(lambda status: status.ready)
+        served.wait_until(lambda _: device_id in crew.map.device_ids)
+        assert served.call(ask_all(served, LONG, name="later")) == expected
         served.wait_until_idle()
