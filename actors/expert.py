@@ -88,6 +88,10 @@ class ExpertWorker:
         """Tensor bytes taken from disk so far."""
         return self._host.bytes_read
 
+    def versions(self) -> tuple[int, ...]:
+        """Return the versions of the map that calls may name."""
+        return self._host.versions
+
     def connect(
         self, callers: Sequence[wire.Address], siblings: Mapping[str, wire.Address]
     ) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -29,7 +29,7 @@ from actors.hosting import (
     address_of,
     end_for_certain,
 )
-from actors.losses import Member, cause_of
+from actors.losses import Loss, Member, cause_of
 from actors.stage_experts import ExpertAccess
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.loads import LoadSummary, Phase
@@ -41,6 +41,7 @@ GPU_SHARE = 0.5
 """Of a GPU, to a stage and to the worker with its experts: Ray then lets both use it."""
 _SETTLE_S = 5.0
 """For calls by the map before to end."""
+_LOOK_EVERY_S = 0.25
 _CALL_TIMEOUT_S = 10.0
 """For what a living actor does at once."""
 
@@ -87,7 +88,9 @@ class ExpertCrew:
 
     def access(self, node: str) -> ExpertAccess:
         """Return how a node's stages reach the workers."""
-        return self.spec.access[node]
+        known = self.spec.access
+        # Of a node that came later nobody knows how far it is.
+        return known.get(node) or replace(next(iter(known.values())), node=node, latency_s={})
 
     def start(self) -> list[Member]:
         """Start a worker for every device of the map; they belong to the crew when admitted."""
@@ -155,15 +158,17 @@ class ExpertCrew:
             self._connect()
         end_for_certain(worker)
 
-    def use(self, made: ExpertMap, timeout_s: float) -> None:
+    def use(self, made: ExpertMap, timeout_s: float, look: Callable[[], Loss | None]) -> None:
         """Bring a map into force, which is then so for every living stage.
+
+        `look` says whether some worker is known to be lost, for which it would wait in vain.
 
         Raises:
             FleetError: A device of it is gone or cannot hold what it names; nothing has changed.
         """
         with self._turn:
             deadline_s = time.monotonic() + timeout_s
-            self._prepare(made, deadline_s)
+            self._prepare(made, deadline_s, look)
             workers, stages = self._addresses(), list(self._callers)
             calls = [stage.actor.use_experts.remote(made, workers, _SETTLE_S) for stage in stages]
             self.map = made
@@ -198,7 +203,7 @@ class ExpertCrew:
         results = _results(list(stages.values()), calls, time.monotonic() + _CALL_TIMEOUT_S)
         return dict(zip(stages, results, strict=True))
 
-    def _prepare(self, made: ExpertMap, deadline_s: float) -> None:
+    def _prepare(self, made: ExpertMap, deadline_s: float, look: Callable[[], Loss | None]) -> None:
         workers = [self._member(device_id) for device_id in made.device_ids]
         calls = [
             worker.actor.prepare.remote(
@@ -207,7 +212,7 @@ class ExpertCrew:
             for worker in workers
         ]
         try:
-            _results(workers, calls, deadline_s)
+            _results(workers, calls, deadline_s, look)
         except FleetError:
             for worker in workers:
                 worker.actor.forget.remote(made.version)
@@ -242,8 +247,13 @@ class ExpertCrew:
         return self.members[device_id]
 
 
-def _results(members: Sequence[Member], calls: Sequence[Any], deadline_s: float) -> list[Any]:
-    """Return the results of a call to each member.
+def _results(
+    members: Sequence[Member],
+    calls: Sequence[Any],
+    deadline_s: float,
+    look: Callable[[], Loss | None] = lambda: None,
+) -> list[Any]:
+    """Return the results of a call to each member; given up when `look` tells of a loss.
 
     Raises:
         MemberLostError: One of them is no more.
@@ -251,8 +261,11 @@ def _results(members: Sequence[Member], calls: Sequence[Any], deadline_s: float)
     """
     results = []
     for member, call in zip(members, calls, strict=True):
+        while not ray.wait([call], timeout=_LOOK_EVERY_S)[0] and time.monotonic() < deadline_s:
+            if (loss := look()) is not None:
+                raise MemberLostError(loss.member, loss.reason)
         try:
-            results.append(ray.get(call, timeout=max(0.0, deadline_s - time.monotonic())))
+            results.append(ray.get(call, timeout=0))
         except RayActorError as error:
             raise MemberLostError(member, f"{member.name}: {cause_of(error)}") from error
         except GetTimeoutError:

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from actors.expert_crew import ExpertCrew
 from actors.hosting import FleetError, end_for_certain
-from actors.losses import Member, Watches, cause_of
+from actors.losses import Loss, Member, Watches, cause_of
 from placement.moving.moves import Move, Release
 from placement.sharding.loads import Phase, choose_summaries
 from placement.sharding.rebalance_values import (
@@ -49,6 +49,8 @@ _JOIN_TIMEOUT_S = 5.0
 _MOST_RECOVERIES = 100
 MOST_STARTS = 5
 """Of a device's worker, one after another, before the device is left out."""
+_STEADY_S = 60.0
+"""A worker that has lived so long is lost for another reason than the one before."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -115,6 +117,8 @@ class ExpertsShell:
         self._starting: dict[Any, Member] = {}
         """Workers in the place of lost ones, by the call that waits for them."""
         self._num_starts: dict[str, int] = {}
+        self._started_s: dict[str, float] = {}
+        """When its worker was started last, by device."""
         self._lost_s: dict[str, float] = {}
         """When a worker was noticed to be lost whose experts nobody serves yet, by device."""
         self._steps = 0
@@ -133,7 +137,7 @@ class ExpertsShell:
         if self._thread.is_alive():
             self._thread.join(_JOIN_TIMEOUT_S)
         for worker in self._starting.values():
-            ray.kill(worker.actor)
+            end_for_certain(worker)
 
     def tell(self, event: ExpertEvent) -> None:
         """Queue an event; from any thread."""
@@ -180,6 +184,10 @@ class ExpertsShell:
     def _start_again(self, device_id: str) -> None:
         """Start another worker in the place of a lost one; it is taken in when it is ready."""
         node = self._offers[device_id].node
+        now_s = time.monotonic()
+        if now_s - self._started_s.get(device_id, now_s) > _STEADY_S:
+            self._num_starts.pop(device_id, None)
+        self._started_s[device_id] = now_s
         self._num_starts[device_id] = self._num_starts.get(device_id, 0) + 1
         if self._num_starts[device_id] > MOST_STARTS or not self._hooks.is_node_alive(node):
             _log.error("device %s holds no experts any more; restart motley to use it", device_id)
@@ -210,7 +218,6 @@ class ExpertsShell:
             except RayError as error:
                 self._handle(CopyFailed(move=move, reason=cause_of(error)))
             else:
-                self._num_starts.pop(move.target, None)
                 self._handle(CopyDone(move=move))
 
     def _count_steps(self) -> None:
@@ -278,7 +285,7 @@ class ExpertsShell:
     def _use(self, command: UseMap) -> ExpertEvent:
         made = command.map
         try:
-            self._crew.use(made, self._settings.start_timeout_s)
+            self._crew.use(made, self._settings.start_timeout_s, self._look)
         except FleetError as error:
             _log.warning("expert map %d did not come into force: %s", made.version, error)
             return MapRefused(version=made.version, reason=str(error))
@@ -296,6 +303,9 @@ class ExpertsShell:
         if self._lost_s:
             self._lost_s.clear()
             self._hooks.on_resumed()
+
+    def _look(self) -> Loss | None:
+        return self._watches.look(list(self._crew.members.values()))
 
     def _watch(self, workers: Sequence[Member]) -> None:
         for worker in workers:

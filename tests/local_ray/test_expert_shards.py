@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 from identity import check_identical
@@ -20,11 +21,14 @@ from actors.engine.requests import Request, SamplingParams
 from actors.experts_shell import ExpertsShell
 from actors.losses import Member
 from placement.sharding.expert_map import ExpertMap
+from placement.sharding.loads import LoadSummary
+from placement.sharding.rebalance_values import LoadsMeasured, RebalanceRequested
 from tests.local_ray.conftest import Served, make_config, serving
 from tests.local_ray.test_serving_identity import NUM_NEW, TEXTS, reference
 
 MODEL = "tiny-qwen3-moe"
 MIB = 2**20
+NUM_ROUNDS = 3
 SPEEDS = (4e9, 1e9, 2.5e9, 1.2e9)
 
 pytestmark = pytest.mark.timeout(300)
@@ -187,4 +191,73 @@ def test_requests_go_on_when_a_worker_is_killed(
         served.wait_until(lambda status: status.ready)
         served.wait_until(lambda _: device_id in crew.map.device_ids)
         assert served.call(ask_all(served, LONG, name="later")) == expected
+        served.wait_until_idle()
+
+
+def test_requests_go_on_when_a_stage_and_a_worker_are_killed_at_once(
+    ray_session: None, checkpoints: Path
+) -> None:
+    config = shard_config(checkpoints, (4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9))
+    with nothing_left_behind(), serving(config) as served:
+        fleet, shell = served.running.fleet, shell_of(served)
+        assert fleet.experts is not None
+        expected = served.call(ask_all(served, LONG))
+        calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+
+        for member in (fleet.stages["cpu1"], fleet.experts.members["cpu0"]):
+            kill(member)
+
+        assert calls.result(120.0) == expected
+        assert len(shell.recoveries) == 1
+        served.wait_until(lambda status: status.ready and status.epoch == 1)
+        served.wait_until_idle()
+
+
+# --- moving -----------------------------------------------------------------------------------
+
+
+def hot(num_layers: int, num_experts: int, first: int) -> LoadSummary:
+    """Loads of which nearly all go to a quarter of the experts."""
+    rows_LE = np.full((num_layers, num_experts), 0.05)
+    for i in range(num_experts // 4):
+        rows_LE[:, (first + i) % num_experts] = 3.0
+    steps_L = np.full(num_layers, 1000)
+    return LoadSummary(
+        steps_L=steps_L,
+        mean_rows_LE=rows_LE,
+        recent_rows_LE=rows_LE,
+        recent_steps_L=steps_L,
+        drift_L=np.ones(num_layers),
+    )
+
+
+def test_tokens_stay_while_experts_move_all_the_time(
+    ray_session: None, checkpoints: Path, sampled: list[dict[int, list[int]]]
+) -> None:
+    config = shard_config(
+        checkpoints,
+        (4, 2, 0),
+        (17 * MIB, 14 * MIB, 9 * MIB),
+        controller={"rebalance": False, "expert_step_bytes": 200_000},
+    )
+    with nothing_left_behind(), serving(config) as served:
+        crew, shell = served.running.fleet.experts, shell_of(served)
+        assert crew is not None
+        begun, rounds = crew.map, 0
+        for _ in range(NUM_ROUNDS):
+            calls = served.start(ask_all(served, SAMPLED, name=f"round-{rounds}"))
+            while not calls.done():
+                rounds += 1
+                shell.tell(RebalanceRequested())
+                shell.tell(LoadsMeasured(summary=hot(6, 16, 4 * rounds)))
+                time.sleep(0.2)
+            assert calls.result() == sampled
+
+        moved = sum(old != new for old, new in zip(begun.layers, crew.map.layers, strict=True))
+        sys.stdout.write(f"{shell.num_maps} maps came into force, {moved} layers differ\n")
+        assert shell.num_maps > 10
+        assert not shell.recoveries
+        for device_id, worker in crew.members.items():
+            assert ray.get(worker.actor.versions.remote())[-1] == crew.map.version, device_id
         served.wait_until_idle()
