@@ -28,6 +28,7 @@ from actors.hosting import (
     actor_options,
     address_of,
     end_for_certain,
+    remove_folder,
 )
 from actors.losses import Loss, Member, cause_of
 from actors.stage_experts import ExpertAccess
@@ -144,9 +145,11 @@ class ExpertCrew:
                 _results(stages, used, deadline_s)
 
     def forget(self, member: Member) -> None:
-        """A stage is no more."""
+        """A stage is no more, and may have left its socket behind."""
         with self._turn:
-            self._callers.pop(member, None)
+            address = self._callers.pop(member, None)
+        if address is not None:
+            remove_folder(address)
 
     def lose(self, worker: Member) -> None:
         """A worker is no more: rows for its experts wait for another map, and fail at once."""

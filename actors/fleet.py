@@ -292,9 +292,9 @@ class Fleet:
         if group.get(member.key) is member:
             del group[member.key]
         self._watches.drop(member)
+        end_for_certain(member)
         if self.experts is not None:
             self.experts.forget(member)
-        end_for_certain(member)
 
     def set_aside(self, member: Member, placed: StagePlacement) -> None:
         """Keep a stage that loads for a plan that comes to nothing; the next may want it."""
