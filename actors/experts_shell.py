@@ -27,6 +27,7 @@ from placement.sharding.loads import Phase, choose_summaries
 from placement.sharding.rebalance_values import (
     CopyDone,
     CopyFailed,
+    DeviceMadeGood,
     ExpertCommand,
     ExpertDeviceJoined,
     ExpertDeviceLost,
@@ -82,16 +83,6 @@ class ExpertShellSettings:
     """Whose loads are balanced."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recovery:
-    """A lost worker, and how long rows waited for its experts."""
-
-    device_id: str
-    seconds: float
-    """From when it was noticed."""
-    reason: str
-
-
 class ExpertsShell:
     """Runs an `ExpertRebalancer` over an `ExpertCrew`."""
 
@@ -105,7 +96,7 @@ class ExpertsShell:
         self.rebalancer = rebalancer
         self.num_maps = 0
         """That came into force since the first."""
-        self.recoveries: deque[Recovery] = deque(maxlen=_MOST_RECOVERIES)
+        self.recoveries: deque[DeviceMadeGood] = deque(maxlen=_MOST_RECOVERIES)
         self._crew = crew
         self._hooks = hooks
         self._settings = settings
@@ -297,7 +288,7 @@ class ExpertsShell:
     def _resume(self, reason: str) -> None:
         now_s = time.monotonic()
         for device_id, lost_s in self._lost_s.items():
-            done = Recovery(device_id=device_id, seconds=now_s - lost_s, reason=reason)
+            done = DeviceMadeGood(device_id=device_id, seconds=now_s - lost_s, reason=reason)
             self.recoveries.append(done)
             _log.info("experts go on %.2f s after the loss of %s", done.seconds, device_id)
         if self._lost_s:

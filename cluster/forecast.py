@@ -15,6 +15,7 @@ from cluster.planning import (
     plan_serving,
     serving_workload,
     settings_errors,
+    verdict,
 )
 from cluster.training_settings import TrainingSettings
 from placement.decode import DecodePlan, plan_decode
@@ -22,7 +23,7 @@ from placement.errors import InfeasiblePlanError
 from placement.front import StageFront, plan_front
 from placement.shards import ShardsPlan
 from placement.simulate import simulate_slots
-from placement.stages import StagesPlan, split_verdict
+from placement.stages import StagesPlan
 from placement.topology import Topology
 from placement.trace import Event
 from placement.train import TrainPlan, plan_cut, plan_train
@@ -103,7 +104,7 @@ def forecast(
     return Forecast(
         plan=plan,
         alone=alone,
-        verdict=split_verdict(plan, alone),
+        verdict=verdict(served, alone),
         front=front,
         lanes=lanes,
         shards=shards,

@@ -33,12 +33,12 @@ from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
 from cluster.journal import Journal, journal_file
-from cluster.planning import best_single_device_plan, dtype_bytes, plan_serving
+from cluster.planning import best_single_device_plan, dtype_bytes, plan_serving, verdict
 from cluster.profile import LOCAL
 from cluster.ray_session import STOP_SIGNALS, joins_cluster, prints_logged, ray_session
 from cluster.resuming import Resuming
 from cluster.supervision import Supervisor
-from placement.stages import StagesPlan, split_verdict
+from placement.stages import StagesPlan
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -129,7 +129,7 @@ async def deployment(
         served = plan_serving(config, profile, topology)
         plan = served.stages
         alone = best_single_device_plan(config, profile, topology)
-        on_event(Planned(plan, split_verdict(plan, alone)))
+        on_event(Planned(plan, verdict(served, alone)))
         limits = lane_limits(config, checkpoint, plan)
         info = _model_info(config, checkpoint, limits, width)
         dispatcher = Dispatcher(info, plan, limits, silence_s=config.engine.step_timeout_s)

@@ -16,7 +16,7 @@ from placement.shards import (
     topology_of_stages,
     without_experts,
 )
-from placement.stages import StagesPlan, best_single, plan_stages
+from placement.stages import StagesPlan, best_single, plan_stages, split_verdict
 from placement.topology import Device, DeviceKind, Link, LinkRate, Topology
 from placement.workload import ModelProfile, ServingWorkload
 
@@ -171,6 +171,24 @@ def plan_serving(config: MotleyConfig, profile: ModelProfile, topology: Topology
         profile=without_experts(profile),
         topology=topology_of_stages(topology, kept, config.plan.headroom_fraction),
         shards=shards,
+    )
+
+
+def verdict(served: ServingPlan, alone: StagesPlan | None) -> str:
+    """Say in plain words what a plan is predicted to do, beside the best on a single device."""
+    shards = served.shards
+    if shards is None:
+        return split_verdict(served.stages, alone)
+    return (
+        f"experts on {len(shards.experts.device_ids)} devices, the rest in "
+        f"{len(served.stages.stages)} stages: {shards.predicted_tokens_per_s:.1f} tokens/s, "
+        f"{shards.latency_s * 1e3:.2f} ms a step; "
+        + (
+            f"no device holds {served.stages.model} alone"
+            if alone is None
+            else f"{alone.stages[0].device_id} alone gives {alone.predicted_tokens_per_s:.1f} "
+            f"tokens/s, {alone.latency_s * 1e3:.2f} ms a step"
+        )
     )
 
 

@@ -33,7 +33,7 @@ from cluster.link_probes import LinkProbes
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
 from cluster.ray_session import joins_cluster
-from cluster.steering import controller_document, controller_status, cut_of
+from cluster.steering import controller_document, controller_status, cut_of, experts_document
 from placement.controller import Controller
 from placement.sharding.decision import RebalanceSettings
 from placement.sharding.rebalancer import ExpertRebalancer
@@ -200,7 +200,12 @@ class Supervisor:
 
     def document(self) -> dict[str, Any]:
         links = self._links.measured()
-        return controller_document(self._shell.state, self._cuts, links, self._unix_offset_s)
+        shown = controller_document(self._shell.state, self._cuts, links, self._unix_offset_s)
+        if (shell := self._experts) is not None:
+            shown["experts"] = experts_document(
+                shell.rebalancer, shell.num_maps, list(shell.recoveries)
+            )
+        return shown
 
     async def would_move(self) -> dict[str, object]:
         plan, verdict = await asyncio.to_thread(self._shell.what_if)

@@ -192,6 +192,9 @@ def test_requests_go_on_when_a_worker_is_killed(
         served.wait_until(lambda status: status.ready)
         served.wait_until(lambda _: device_id in crew.map.device_ids)
         assert served.call(ask_all(served, LONG, name="later")) == expected
+        told = served.running.supervisor.document()["experts"]
+        assert set(told["copies"]) == set(crew.map.device_ids)
+        assert [each["device_id"] for each in told["recoveries"]] == [device_id]
         served.wait_until_idle()
 
 
