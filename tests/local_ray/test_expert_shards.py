@@ -236,6 +236,20 @@ def hot(num_layers: int, num_experts: int, first: int) -> LoadSummary:
     )
 
 
+def parted(
+    got: list[dict[int, list[int]]], wanted: list[dict[int, list[int]]]
+) -> list[tuple[int, int, int, list[int]]]:
+    """Return (request, choice, first token that differs, and what follows) of each that does."""
+    found = []
+    for request, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+        for choice, tokens in mine.items():
+            pairs = zip(tokens, theirs[choice], strict=True)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            if at is not None:
+                found.append((request, choice, at, tokens[at : at + 4]))
+    return found
+
+
 def test_tokens_stay_while_experts_move_all_the_time(
     ray_session: None, checkpoints: Path, sampled: list[dict[int, list[int]]]
 ) -> None:
@@ -256,7 +270,7 @@ def test_tokens_stay_while_experts_move_all_the_time(
                 shell.tell(RebalanceRequested())
                 shell.tell(LoadsMeasured(summary=hot(6, 16, 4 * rounds)))
                 time.sleep(0.2)
-            assert calls.result() == sampled * TIMES
+            assert parted(calls.result(), sampled * TIMES) == []
 
         moved = sum(old != new for old, new in zip(begun.layers, crew.map.layers, strict=True))
         sys.stdout.write(f"{shell.num_maps} maps came into force, {moved} layers differ\n")
