@@ -21,7 +21,7 @@ import pytest
 import ray
 from leftovers import nothing_left_behind
 
-from actors.hosting import FleetError
+from actors.fleet import FleetError
 from actors.losses import Member
 from cluster.client import AsyncMotleyClient, Overloaded, Unreachable
 from cluster.config import MotleyConfig
