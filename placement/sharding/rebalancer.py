@@ -281,8 +281,10 @@ class ExpertRebalancer:
             self._swaps.popleft()
             if not self._swaps:
                 self._cool_steps = self._settings.cool_down_steps
-        asked = {_Copy(move.target, move.piece) for move in self._in_flight}
-        commands += self._reload(_Copy(*copy) for copy in self.missing if copy not in asked)
+        # What a map before still had to read and this one does not name is given up on arrival.
+        named = _copies(self.map)
+        self._in_flight = {m for m in self._in_flight if _Copy(m.target, m.piece) in named}
+        commands += self._ask_for_missing()
         if self._swaps:
             self._prepare()
             commands += self._change_over()
@@ -293,6 +295,10 @@ class ExpertRebalancer:
         unused = sorted(self._held - _copies(self.map), key=lambda copy: (copy.piece, copy[0]))
         self._held.difference_update(unused)
         return [_release(copy) for copy in unused]
+
+    def _ask_for_missing(self) -> list[Move]:
+        asked = {_Copy(move.target, move.piece) for move in self._in_flight}
+        return self._reload(_Copy(*copy) for copy in self.missing if copy not in asked)
 
     def _reload(self, copies: Iterable[_Copy]) -> list[Move]:
         """Read what no step can do without, whole and at once."""
@@ -305,7 +311,8 @@ class ExpertRebalancer:
             return self._halt(f"map {event.version} was refused: {event.reason}")
         self._told = None
         self._devices = list(self.map.devices)
-        return self._abandon()
+        commands = self._abandon()
+        return [*commands, *self._ask_for_missing()]
 
     def _copy_failed(self, event: CopyFailed) -> list[ExpertCommand]:
         move = event.move
@@ -315,6 +322,8 @@ class ExpertRebalancer:
         self._in_flight.remove(move)
         if copy in self._loading:
             return self._abandon()
+        if copy not in self.missing:
+            return []
         self._attempts[copy] += 1
         if self._attempts[copy] >= self._settings.max_reload_attempts:
             reason = f"{move.piece} could not be loaded {self._attempts[copy]} times"

@@ -263,6 +263,37 @@ def test_a_reload_that_keeps_failing_gives_its_device_up() -> None:
     assert "could not be loaded 2 times" in halt.reason
 
 
+def reloading() -> Fleet:
+    """Survivors that read again what was lost, when a device joins that can hold it."""
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceLost(device_id="a", reason="killed"))
+    fleet.bytes_of = {key: size for key, size in fleet.bytes_of.items() if key[0] != "a"}
+    assert any(isinstance(command, Move) for command in fleet.use_map())
+    fleet.tell(ExpertDeviceJoined(device=device("j", slots=6)))
+    for each in ("b", "c"):
+        fleet.tell(ExpertDeviceJoined(device=device(each, slots=2)))
+    return fleet
+
+
+def test_a_reload_that_is_not_wanted_any_more_is_given_up_when_it_comes() -> None:
+    fleet = reloading()
+    fleet.use_map()
+    fleet.settle()
+    for each in ("b", "c"):
+        assert sum(1 for held in fleet.bytes_of if held[0] == each) <= 2 * NUM_LAYERS
+    assert not fleet.of.missing
+
+
+def test_a_reload_that_is_not_wanted_any_more_may_fail() -> None:
+    fleet = reloading()
+    missing = set(fleet.of.missing)
+    stale = [move for move in fleet.moves if (move.target, move.piece) not in missing]
+    assert stale
+    for move in stale:
+        fleet.moves.remove(move)
+        assert fleet.tell(CopyFailed(move=move, reason="failed")) == []
+
+
 def test_loads_are_not_believed_before_enough_steps_nor_when_malformed() -> None:
     one = rebalancer()
     one.handle(measured([ZIPF[::-1], ZIPF], steps=3))
