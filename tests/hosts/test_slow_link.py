@@ -13,23 +13,21 @@ from host_ray import Asked, HostDeployment, HostRay
 from hosts import wait_until
 from identity import check_identical
 
-SLOWED_BYTES_PER_S = 2e6 / 8
-"""2 Mbit/s: the planned step of 16 rows is 12 KB, and takes it 49 ms; two stages take 27."""
+SLOWED_BYTES_PER_S = 1e6 / 8
+"""1 Mbit/s: the planned step of 16 rows is 12 KB, and takes it 98 ms; two stages take 27, and on a
+busy machine twice that."""
 LANES, SEQUENCES_PER_LANE = 3, 16
 IN_FLIGHT = 6
-NOTICED_TIMEOUT_S = 60.0
+NOTICED_TIMEOUT_S = 150.0
 ANSWERED_TIMEOUT_S = 120.0
 GONE_TIMEOUT_S = 30.0
 LOOK_EVERY_S = 0.5
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(600)
 
 
 def document(served: HostDeployment) -> dict[str, Any]:
-    with served.http() as client:
-        answer = client.get("/controller")
-    answer.raise_for_status()
-    value: dict[str, Any] = answer.json()["controller"]
+    value: dict[str, Any] = served.read("/controller")["controller"]
     return value
 
 
@@ -97,6 +95,7 @@ def test_layers_move_off_a_host_whose_link_gets_slow(cluster: HostRay) -> None:
         )
         seen = rates(served)
         answers = [requests.result(ANSWERED_TIMEOUT_S) for requests in asked]
+        lan["h2"].shape(None)
     for index, requests in enumerate(answers):
         assert [request.error for request in requests] == [None] * len(requests)
         check_identical(
@@ -112,4 +111,4 @@ def test_layers_move_off_a_host_whose_link_gets_slow(cluster: HostRay) -> None:
             lambda host=host: not host.processes(b"ray::LinkProbeWorker"),  # type: ignore[misc]
             GONE_TIMEOUT_S,
         )
-        assert list(host.folder.glob("motley-*")) == []
+        assert list(host.folder.glob("motley-*")) == [], served.up.output

@@ -159,8 +159,12 @@ class HostDeployment:
         )
 
     def status(self) -> dict[str, Any]:
+        return self.read("/status")
+
+    def read(self, path: str) -> dict[str, Any]:
+        """Return what a route answers."""
         with self.http() as client:
-            answer = client.get("/status")
+            answer = client.get(path)
         answer.raise_for_status()
         value: dict[str, Any] = answer.json()
         return value
