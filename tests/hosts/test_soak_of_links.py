@@ -95,7 +95,7 @@ class Breaker:
                 answer = client.post("/controller/rebalance")
         except httpx.TransportError as error:
             raise Missed(type(error).__name__) from error
-        if answer.status_code != httpx.codes.OK:
+        if not answer.is_success:
             raise Missed(str(answer.status_code))
 
     def _hosts(self) -> list[Host]:
