@@ -198,6 +198,11 @@ class Backend(Protocol):
         the last one last: "at_s" (Unix), "epoch", "from" and "to" (device id: layers), "reason",
         "predicted_gain" and "measured_gain" (fractions or null), "pause_s" (or null), "outcome"
         ("kept", "rolled back", "running", "failed", "recovery").
+
+        Where experts are sharded also "experts": "version" (of the map in force), "reason" (why
+        nothing is served, or what was last decided), "is_moving", "maps" (that came into force),
+        "copies" (device id: experts of all layers) and "recoveries" ("device_id", "seconds",
+        "reason").
         """
         ...
 

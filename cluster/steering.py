@@ -8,6 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from cluster.backend import ControllerStatus
+from placement.sharding.rebalance_values import DeviceMadeGood
+from placement.sharding.rebalancer import ExpertRebalancer
 from placement.stages import StagesPlan
 from placement.steering.state import ControllerState, MoveRecord
 from placement.topology import Link
@@ -55,6 +57,24 @@ def controller_document(
         "factors": dict(state.slowness),
         "links": [asdict(link) for link in links],
         "moves": [_move(move, cuts, unix_offset_s) for move in state.moves],
+    }
+
+
+def experts_document(
+    rebalancer: ExpertRebalancer, num_maps: int, recoveries: Sequence[DeviceMadeGood]
+) -> dict[str, Any]:
+    """Return what `Backend.controller_json` promises of sharded experts."""
+    current, decision = rebalancer.map, rebalancer.last_decision
+    return {
+        "version": current.version,
+        "reason": rebalancer.halted or ("" if decision is None else decision.reason),
+        "is_moving": rebalancer.is_moving,
+        "maps": num_maps,
+        "copies": {
+            device.id: sum(len(layer.experts[position]) for layer in current.layers)
+            for position, device in enumerate(current.devices)
+        },
+        "recoveries": [asdict(each) for each in recoveries],
     }
 
 

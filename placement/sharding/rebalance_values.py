@@ -119,4 +119,14 @@ class HaltExperts:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMadeGood:
+    """A lost worker, and how long rows waited for its experts."""
+
+    device_id: str
+    seconds: float
+    """From when it was noticed."""
+    reason: str
+
+
 ExpertCommand = Move | Release | UseMap | HaltExperts
