@@ -34,6 +34,7 @@ from placement.sharding.rebalance_values import (
     ExpertEvent,
     HaltExperts,
     LoadsMeasured,
+    MapChange,
     MapInForce,
     MapRefused,
     StepsDone,
@@ -48,6 +49,7 @@ _BUSY_WATCH_S = 0.005
 """While copies are on their way."""
 _JOIN_TIMEOUT_S = 5.0
 _MOST_RECOVERIES = 100
+_MOST_CHANGES = 50
 MOST_STARTS = 5
 """Of a device's worker, one after another, before the device is left out."""
 _STEADY_S = 60.0
@@ -96,6 +98,8 @@ class ExpertsShell:
         self.rebalancer = rebalancer
         self.num_maps = 0
         """That came into force since the first."""
+        self.changes: deque[MapChange] = deque(maxlen=_MOST_CHANGES)
+        """The last of them."""
         self.recoveries: deque[DeviceMadeGood] = deque(maxlen=_MOST_RECOVERIES)
         self._crew = crew
         self._hooks = hooks
@@ -274,13 +278,19 @@ class ExpertsShell:
         return ()
 
     def _use(self, command: UseMap) -> ExpertEvent:
-        made = command.map
+        made, before = command.map, self._crew.map
         try:
             self._crew.use(made, self._settings.start_timeout_s, self._look)
         except FleetError as error:
             _log.warning("expert map %d did not come into force: %s", made.version, error)
             return MapRefused(version=made.version, reason=str(error))
         self.num_maps += 1
+        copies = tuple(sorted(made.copies() - before.copies()))
+        self.changes.append(
+            MapChange(
+                at_s=time.monotonic(), version=made.version, reason=command.reason, copies=copies
+            )
+        )
         _log.info("expert map %d is in force: %s", made.version, command.reason)
         self._resume(command.reason)
         return MapInForce(version=made.version)

@@ -202,8 +202,15 @@ class Supervisor:
         links = self._links.measured()
         shown = controller_document(self._shell.state, self._cuts, links, self._unix_offset_s)
         if (shell := self._experts) is not None:
+            crew = self._fleet.experts
+            assert crew is not None, "a shell has a crew"
             shown["experts"] = experts_document(
-                shell.rebalancer, shell.num_maps, list(shell.recoveries)
+                shell.rebalancer,
+                crew.spec.layers,
+                num_maps=shell.num_maps,
+                changes=list(shell.changes),
+                recoveries=list(shell.recoveries),
+                unix_offset_s=self._unix_offset_s,
             )
         return shown
 

@@ -87,6 +87,15 @@ class ExpertMap:
         position = self.device_ids.index(device_id)
         return tuple(frozenset(layer.experts[position]) for layer in self.layers)
 
+    def copies(self) -> frozenset[tuple[str, int, int]]:
+        """Return (device, layer, expert) of all that is held."""
+        return frozenset(
+            (device.id, index, expert)
+            for position, device in enumerate(self.devices)
+            for index, layer in enumerate(self.layers)
+            for expert in layer.experts[position]
+        )
+
     def with_layers(self, changed: Mapping[int, LayerMap]) -> ExpertMap:
         """Return the next version, in which these layers are others."""
         layers = tuple(changed.get(index, layer) for index, layer in enumerate(self.layers))
