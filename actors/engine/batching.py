@@ -284,7 +284,7 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        copies.extend(growth.copies)
+        _add_copies(copies, growth.copies)
         return True
 
     def _preempt(self, sequence: Choice) -> None:
@@ -338,7 +338,7 @@ class Scheduler:
             table, cached, count = BlockTable(), 0, min(len(sequence.tokens), budget)
             growth = self.pool.grow(table, 0, count)
             assert growth is not None, "add() admits only what an empty pool holds"
-        copies.extend(growth.copies)
+        _add_copies(copies, growth.copies)
         sequence.table, sequence.num_computed = table, cached
         sequence.cached_tokens = cached
         self.prefix_hit_tokens += cached
@@ -403,6 +403,13 @@ class Scheduler:
             history=tuple(sequence.tokens) if sampling.needs_history else (),
             num_prompt=sequence.num_prompt,
         )
+
+
+def _add_copies(copies: list[tuple[int, int]], new: Iterable[tuple[int, int]]) -> None:
+    """Add copies to a step's, which are all done at once: a block that this step fills by a copy
+    is copied from where that comes from, for it does not hold it yet."""
+    origin = {target: source for source, target in copies}
+    copies.extend((origin.get(source, source), target) for source, target in new)
 
 
 def _awaits_leader(sequence: Choice) -> bool:

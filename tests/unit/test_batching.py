@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -310,6 +311,22 @@ def test_choices_of_a_prompt_that_fills_its_blocks_exactly() -> None:
     run.drain()
 
     run.check_all()
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [1, 2, 3, 4, 5, 6]])
+def test_a_block_that_a_step_fills_by_a_copy_is_shared_in_that_step(prompt: list[int]) -> None:
+    # Choice 0 was put back and comes again with choice 1, and its last block is known: both copy it
+    # to write on, the second from the first one's copy.
+    run = Run(limits(num_blocks=4 if len(prompt) == 2 else 5, max_running=3, max_step_tokens=64))
+    for id_ in ("a", "b"):
+        run.add(request(id_, prompt, n=2, max_tokens=6, temperature=1.0))
+        run.step()
+        run.step()
+
+    run.drain()
+
+    run.check_all()
+    assert any(len(step.batch.copies) > 1 for step in run.steps)
 
 
 def test_a_second_request_reuses_the_prefix_of_the_first() -> None:
@@ -691,6 +708,13 @@ class AnyTraffic(RuleBasedStateMachine):
             return
         self.num_added += 1
         self.run_.add(asked)
+        self.last = asked
+
+    @precondition(lambda self: self.num_added > 0)
+    @rule()
+    def add_the_last_again(self) -> None:
+        self.run_.add(replace(self.last, id=str(self.num_added)))
+        self.num_added += 1
 
     @precondition(lambda self: self.pending is None)
     @rule(count=st.integers(1, 6))
