@@ -24,6 +24,7 @@ from actors.hosting import FleetError, end_for_certain
 from actors.losses import Loss, Member, Watches, cause_of
 from placement.moving.moves import Move, Release
 from placement.sharding.loads import Phase, choose_summaries
+from placement.sharding.log import ExpertEntry
 from placement.sharding.rebalance_values import (
     CopyDone,
     CopyFailed,
@@ -69,6 +70,8 @@ class ExpertHooks:
     """Experts are lost; what is in flight waits."""
     on_resumed: Callable[[], None]
     on_fatal: Callable[[str], None]
+    on_entry: Callable[[ExpertEntry], None] = lambda _: None
+    """Every event with the commands that followed, for a log."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -246,11 +249,16 @@ class ExpertsShell:
 
     def _handle(self, event: ExpertEvent) -> None:
         """Tell the rebalancer, and do what it says until it says no more."""
-        commands = self.rebalancer.handle(event)
+        commands = self._decide(event)
         while commands and not self._stopping.is_set():
             command = commands.pop(0)
             for answer in self._obey(command):
-                commands += self.rebalancer.handle(answer)
+                commands += self._decide(answer)
+
+    def _decide(self, event: ExpertEvent) -> list[ExpertCommand]:
+        commands = self.rebalancer.handle(event)
+        self._hooks.on_entry(ExpertEntry(event=event, commands=tuple(commands)))
+        return commands
 
     def _obey(self, command: ExpertCommand) -> Sequence[ExpertEvent]:
         match command:

@@ -26,7 +26,12 @@ from actors.moving import MoveReport
 from actors.wire import Address, WireError
 from cluster.backend import ControllerStatus
 from cluster.config import MotleyConfig
-from cluster.controller_log import ControllerLog, controller_log_file
+from cluster.controller_log import (
+    ControllerLog,
+    ExpertLog,
+    controller_log_file,
+    expert_log_file,
+)
 from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
 from cluster.link_probes import LinkProbes
@@ -36,6 +41,7 @@ from cluster.ray_session import joins_cluster
 from cluster.steering import controller_document, controller_status, cut_of, experts_document
 from placement.controller import Controller
 from placement.sharding.decision import RebalanceSettings
+from placement.sharding.log import ExpertOpening
 from placement.sharding.rebalancer import ExpertRebalancer
 from placement.stages import StagesPlan
 from placement.steering.log import Opening
@@ -158,6 +164,7 @@ class Supervisor:
         await asyncio.to_thread(self._links.stop)
         if self._experts is not None:
             await asyncio.to_thread(self._experts.stop)
+            self._expert_log.close()
         await asyncio.to_thread(self._shell.stop)
         self._log.close()
 
@@ -171,9 +178,11 @@ class Supervisor:
         if crew is None or settings is None:
             return None
         controller, dispatcher = self._config.controller, self._dispatcher
+        opening = ExpertOpening(map=crew.map, settings=settings)
+        self._expert_log = ExpertLog(expert_log_file(self._config.served_name), opening)
         return ExpertsShell(
             crew,
-            ExpertRebalancer(crew.map, settings),
+            ExpertRebalancer(opening.map, opening.settings),
             ExpertHooks(
                 plan=lambda: self._fleet.plan,
                 steps=self._last_stage_steps,
@@ -181,6 +190,7 @@ class Supervisor:
                 on_interrupted=partial(self._say, dispatcher.interrupted),
                 on_resumed=partial(self._say, dispatcher.resumed),
                 on_fatal=partial(self._say, dispatcher.fail),
+                on_entry=self._expert_log.write,
             ),
             ExpertShellSettings(
                 window_s=controller.window_s,

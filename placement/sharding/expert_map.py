@@ -16,7 +16,7 @@ from typing import Any
 
 from placement.experts import ExpertDevice, ExpertPlan
 from placement.packing.weights import solve_weights
-from placement.steering.plain import from_plain, to_plain
+from placement.plain import from_plain, to_plain
 
 WEIGHTS_SUM = 1e-6
 """How far an expert's weights may add up to other than 1."""

@@ -20,9 +20,11 @@ from leftovers import nothing_left_behind
 from actors.engine.requests import Request, SamplingParams
 from actors.experts_shell import ExpertsShell
 from actors.losses import Member
+from cluster.controller_log import expert_log_file, read_expert_log
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.loads import LoadSummary
-from placement.sharding.rebalance_values import LoadsMeasured, RebalanceRequested
+from placement.sharding.log import replay
+from placement.sharding.rebalance_values import LoadsMeasured, MapInForce, RebalanceRequested
 from tests.local_ray.conftest import Served, make_config, serving
 from tests.local_ray.test_serving_identity import NUM_NEW, TEXTS, reference
 
@@ -136,9 +138,9 @@ LOSSES = {
 }
 
 
-def kill(member: Member) -> None:
+def kill(member: Member, number: signal.Signals = signal.SIGKILL) -> None:
     pid = ray.get(member.actor.__ray_call__.remote(lambda _: os.getpid()))
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
 
 
 def shell_of(served: Served) -> ExpertsShell:
@@ -195,6 +197,26 @@ def test_requests_go_on_when_a_worker_is_killed(
         told = served.running.supervisor.document()["experts"]
         assert set(told["copies"]) == set(crew.map.device_ids)
         assert [each["device_id"] for each in told["recoveries"]] == [device_id]
+        served.wait_until_idle()
+
+
+def test_requests_go_on_when_a_worker_hangs(ray_session: None, checkpoints: Path) -> None:
+    silence_s = 2.0
+    counts, memory, speeds, device_id = LOSSES["with replicas"]
+    controller = {"silence_timeout_s": silence_s}
+    config = shard_config(checkpoints, counts, memory, speeds, controller=controller)
+    with nothing_left_behind(), serving(config) as served:
+        crew, shell = served.running.fleet.experts, shell_of(served)
+        assert crew is not None
+        expected = served.call(ask_all(served, LONG))
+        calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+
+        kill(crew.members[device_id], signal.SIGSTOP)
+
+        assert calls.result(120.0) == expected
+        assert [each.device_id for each in shell.recoveries] == [device_id]
+        served.wait_until(lambda _: device_id in crew.map.device_ids)
         served.wait_until_idle()
 
 
@@ -272,6 +294,7 @@ def test_tokens_stay_while_experts_move_all_the_time(
                 time.sleep(0.2)
             assert parted(calls.result(), sampled * TIMES) == []
 
+        file = expert_log_file(served.running.dispatcher.model_info().name)
         moved = sum(old != new for old, new in zip(begun.layers, crew.map.layers, strict=True))
         sys.stdout.write(f"{shell.num_maps} maps came into force, {moved} layers differ\n")
         assert shell.num_maps > 10
@@ -279,3 +302,7 @@ def test_tokens_stay_while_experts_move_all_the_time(
         for device_id, worker in crew.members.items():
             assert ray.get(worker.actor.versions.remote())[-1] == crew.map.version, device_id
         served.wait_until_idle()
+    opening, entries = read_expert_log(file)
+    assert opening.map == begun
+    assert sum(isinstance(entry.event, MapInForce) for entry in entries) == shell.num_maps
+    assert replay(opening, entries) == ""
