@@ -5,7 +5,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -82,21 +86,22 @@ class Breaker:
         self._signal(signal.SIGKILL, STAGE, draws)
 
     def hang_stage(self, draws: random.Random) -> None:
-        """For good: it is counted as lost after a while, and killed."""
-        self._signal(signal.SIGSTOP, STAGE, draws)
+        """For good: it is counted as lost after a while, and killed. One that serves, for one that
+        starts may take until the deadline of starting."""
+        with missing():
+            stages = self._served.status()["stages"]
+        serving = {stage["node"] for stage in stages if stage["active"]}
+        found = [host.processes(STAGE) for host in self._hosts() if host.address in serving]
+        # Of two stages of a host the younger one is loading.
+        send(signal.SIGSTOP, [min(pids, key=started_ticks) for pids in found if pids], draws)
 
     def kill_lane(self, draws: random.Random) -> None:
         self._signal(signal.SIGKILL, LANE, draws)
 
     def move_layers(self, _: random.Random) -> None:
         """An operator asks for the best plan."""
-        try:
-            with self._served.http() as client:
-                answer = client.post("/controller/rebalance")
-        except httpx.TransportError as error:
-            raise Missed(type(error).__name__) from error
-        if not answer.is_success:
-            raise Missed(str(answer.status_code))
+        with missing(), self._served.http() as client:
+            client.post("/controller/rebalance").raise_for_status()
 
     def _hosts(self) -> list[Host]:
         return list(self._cluster.hosts.values())
@@ -105,13 +110,34 @@ class Breaker:
         return draws.choice(self._hosts())
 
     def _signal(self, number: signal.Signals, title: bytes, draws: random.Random) -> None:
-        found = [pid for host in self._hosts() for pid in host.processes(title)]
-        if not found:
-            raise Missed("there is none")
-        try:
-            os.kill(draws.choice(found), number)
-        except ProcessLookupError as error:
-            raise Missed(type(error).__name__) from error
+        send(number, [pid for host in self._hosts() for pid in host.processes(title)], draws)
+
+
+@contextmanager
+def missing() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        raise Missed(type(error).__name__) from error
+
+
+def started_ticks(pid: int) -> int:
+    """Return when a process was started, in the kernel's clock ticks; gone: later than any."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return sys.maxsize
+    return int(fields[19])
+
+
+def send(number: signal.Signals, pids: Sequence[int], draws: random.Random) -> None:
+    """Signal one of these processes."""
+    if not pids:
+        raise Missed("there is none")
+    try:
+        os.kill(draws.choice(pids), number)
+    except ProcessLookupError as error:
+        raise Missed(type(error).__name__) from error
 
 
 def is_idle(served: HostDeployment) -> bool:
