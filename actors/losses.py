@@ -18,11 +18,11 @@ _PING_EVERY_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A running stage or lane, or the worker with a device's experts."""
+    """A running stage or lane."""
 
-    kind: Literal["stage", "lane", "experts"]
+    kind: Literal["stage", "lane"]
     key: str | int
-    """A lane's index, the device of others."""
+    """A stage's device, a lane's index."""
     actor: Any
     life: int = 0
     address: wire.Address | None = None
@@ -31,9 +31,7 @@ class Member:
 
     @property
     def name(self) -> str:
-        if self.kind == "lane":
-            return f"lane {self.key}"
-        return f"the {'stage' if self.kind == 'stage' else 'expert worker'} on {self.key}"
+        return f"lane {self.key}" if self.kind == "lane" else f"the stage on {self.key}"
 
 
 @dataclass(frozen=True, slots=True)

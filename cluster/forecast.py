@@ -11,19 +11,17 @@ from cluster.config import MotleyConfig
 from cluster.planning import (
     best_single_device_plan,
     dtype_bytes,
-    make_shards,
-    plan_serving,
+    make_plan,
     serving_workload,
     settings_errors,
-    verdict,
 )
 from cluster.training_settings import TrainingSettings
 from placement.decode import DecodePlan, plan_decode
 from placement.errors import InfeasiblePlanError
 from placement.front import StageFront, plan_front
-from placement.shards import ShardsPlan
+from placement.shards import ShardsPlan, plan_shards
 from placement.simulate import simulate_slots
-from placement.stages import StagesPlan
+from placement.stages import StagesPlan, split_verdict
 from placement.topology import Topology
 from placement.trace import Event
 from placement.train import TrainPlan, plan_cut, plan_train
@@ -75,22 +73,21 @@ def forecast(
         ConfigError: The settings do not suit the model or the devices.
         InfeasiblePlanError: Nothing fits.
     """
-    served = plan_serving(config, profile, topology)
-    plan = served.stages
+    plan = make_plan(config, profile, topology)
     alone = best_single_device_plan(config, profile, topology)
     settings = config.plan
     forced = settings.layer_counts is not None
     with settings_errors():
         front = plan_front(
-            served.profile,
-            served.topology,
+            profile,
+            topology,
             workload=serving_workload(config),
             headroom_fraction=settings.headroom_fraction,
             device_order="given" if forced else settings.device_order,
         )
         lanes = plan_decode(
-            served.profile,
-            served.topology,
+            profile,
+            topology,
             plan,
             sequences=settings.lanes * settings.sequences_per_lane,
             context_tokens_per_sequence=settings.context_tokens,
@@ -98,16 +95,26 @@ def forecast(
             headroom_fraction=settings.headroom_fraction,
             step_tokens=config.engine.max_step_tokens,
         )
-    shards = served.shards
-    if shards is None and shard_experts:
-        shards = make_shards(config, profile, topology)
+        shards = _shards(config, profile, topology) if shard_experts else None
     return Forecast(
         plan=plan,
         alone=alone,
-        verdict=verdict(served, alone),
+        verdict=split_verdict(plan, alone),
         front=front,
         lanes=lanes,
         shards=shards,
+    )
+
+
+def _shards(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> ShardsPlan:
+    return plan_shards(
+        profile,
+        topology,
+        workload=serving_workload(config),
+        headroom_fraction=config.plan.headroom_fraction,
+        objective=config.plan.objective,
+        layer_counts=config.plan.layer_counts,
+        device_order="given" if config.plan.layer_counts else config.plan.device_order,
     )
 
 

@@ -19,8 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
 from actors.controller import ControllerShell
-from actors.fleet import Fleet
-from actors.hosting import Host, remove_folder
+from actors.fleet import Fleet, Host, remove_folder
 from actors.link_probe import LinkProbeActor
 from actors.link_timer import LIGHT, LinkTimes
 from cluster.config import LinkSpec
