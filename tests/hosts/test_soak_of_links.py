@@ -20,6 +20,8 @@ from soaking import SECONDS, Fault, Missed, Soak
 
 STAGE, LANE = b"ray::StageWorker", b"ray::DecodeWorker"
 UP = b"python\0-m\0cluster\0up"
+REQUEST_TIMEOUT_S = 300.0
+"""A host that is lost takes its Ray node along, which must be started again."""
 LOST_TIMEOUT_S = 60.0
 IDLE_TIMEOUT_S = 60.0
 GONE_TIMEOUT_S = 30.0
@@ -115,6 +117,7 @@ class Breaker:
 
 @contextmanager
 def missing() -> Iterator[None]:
+    """Take it for a miss when the gateway cannot be asked."""
     try:
         yield
     except httpx.HTTPError as error:
@@ -151,7 +154,14 @@ async def test_no_token_is_lost_or_changed_whatever_is_cut(cluster_to_break: Hos
         [pid] = served.host.processes(UP)
         faults = Breaker(cluster, served).kinds()
         try:
-            await Soak(served.target, served.token, faults, pid).run()
+            soak = Soak(
+                served.target,
+                served.token,
+                faults,
+                gateway_pid=pid,
+                request_timeout_s=REQUEST_TIMEOUT_S,
+            )
+            await soak.run()
         except BaseException as error:
             error.add_note(served.up.output)
             raise

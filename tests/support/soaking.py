@@ -24,7 +24,6 @@ FAULT_EVERY_S = 10.0
 NUM_CLIENTS = 8
 NUM_KINDS = 24
 """Different requests; each comes again and again."""
-REQUEST_TIMEOUT_S = 300.0
 MOST_REFUSED_S = 60.0
 """A client is not turned away for longer: what is lost is made good sooner."""
 MOST_GROWTH_BYTES = 150 * 2**20
@@ -39,12 +38,21 @@ class Missed(Exception):
 class Soak:
     """Clients, faults, and what came of them."""
 
-    def __init__(self, target: str, token: str, faults: Sequence[Fault], gateway_pid: int) -> None:
+    def __init__(
+        self,
+        target: str,
+        token: str,
+        faults: Sequence[Fault],
+        *,
+        gateway_pid: int,
+        request_timeout_s: float,
+    ) -> None:
         """`faults` run on a thread, one at a time."""
         self._target = target
         self._token = token
         self._kinds = faults
         self._gateway_pid = gateway_pid
+        self._request_timeout_s = request_timeout_s
         self._random = random.Random(SEED)
         self._expected: dict[int, Any] = {}
         self._faults: Counter[str] = Counter()
@@ -85,7 +93,7 @@ class Soak:
         began_s = time.monotonic()
         while True:
             try:
-                answer = await client.complete(prompt, timeout_s=REQUEST_TIMEOUT_S, **options)
+                answer = await client.complete(prompt, timeout_s=self._request_timeout_s, **options)
             except (Overloaded, Unreachable) as refused:
                 if refused.retry_after_s is None or time.monotonic() - began_s > MOST_REFUSED_S:
                     raise

@@ -26,6 +26,7 @@ from tests.local_ray.conftest import Served, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 CALL_TIMEOUT_S = 20.0
+REQUEST_TIMEOUT_S = 170.0
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(SECONDS + 600)]
 
@@ -101,6 +102,7 @@ class Breaker:
 
 @contextmanager
 def aimed() -> Iterator[None]:
+    """Take it for a miss when the target is being replaced."""
     try:
         yield
     except (FleetError, ray.exceptions.RayError, ProcessLookupError, IndexError) as error:
@@ -122,7 +124,14 @@ async def test_no_token_is_lost_or_changed_whatever_breaks(
         try:
             running, faults = served.running, Breaker(served).kinds()
             # Driver, gateway and clients are this process.
-            await Soak(running.grpc_target, running.token, faults, os.getpid()).run()
+            soak = Soak(
+                running.grpc_target,
+                running.token,
+                faults,
+                gateway_pid=os.getpid(),
+                request_timeout_s=REQUEST_TIMEOUT_S,
+            )
+            await soak.run()
             await asyncio.to_thread(served.wait_until_idle)
         finally:
             await asyncio.to_thread(block.__exit__, None, None, None)
