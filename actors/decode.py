@@ -62,7 +62,7 @@ class DecodeWorker:
             epoch=spec.epoch,
         )
         self._core.ask_for_adapter(spec.adapter_version)
-        self._inbox = wire.Inbox(f"lane {spec.index}", keys, host=spec.host)
+        self._inbox = wire.Inbox(f"lane {spec.index}", keys, host=spec.host, beside=gateway)
         self._gateway = wire.Outbox(gateway, keys)
         self._first_stage: wire.Outbox | None = None
         self._orders: SimpleQueue[Callable[[], None]] = SimpleQueue()

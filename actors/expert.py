@@ -74,7 +74,8 @@ class ExpertWorker:
         gc.freeze()
         # Last: a worker that cannot load leaves no socket behind.
         self._monitor = wire.Outbox(monitor, keys)
-        self._inbox = wire.Inbox(f"experts on {spec.device.id}", keys, host=spec.host)
+        name = f"experts on {spec.device.id}"
+        self._inbox = wire.Inbox(name, keys, host=spec.host, beside=monitor)
         self._server = ExpertServer(
             spec.device.id, self._host, self._clock, self._seconds, self._inbox.address.ipc
         )

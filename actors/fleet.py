@@ -8,12 +8,10 @@ who is lost; `actors.moving` leads it from plan to plan.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -291,11 +289,11 @@ class Fleet:
         if group.get(member.key) is member:
             del group[member.key]
         self._watches.drop(member)
-        if member.address is None:  # nobody knows its folder but itself
+        if member.address is None:  # nobody knows its socket but itself
             ray.wait([member.actor.stop.remote()], timeout=_LAST_WORDS_S)
         ray.kill(member.actor)
         if member.address is not None:
-            remove_folder(member.address)
+            wire.remove_socket(member.address)
 
     def set_aside(self, member: Member, placed: StagePlacement) -> None:
         """Keep a stage that loads for a plan that comes to nothing; the next may want it."""
@@ -384,10 +382,3 @@ def _options(host: Host, *, num_gpus: int) -> dict[str, Any]:
         "max_concurrency": 16,
         "scheduling_strategy": affinity,
     }
-
-
-def remove_folder(address: wire.Address) -> None:
-    """Remove the socket folder of an actor of this machine that could not do so itself."""
-    if address.machine == wire.machine_id():
-        folder = Path(address.ipc.removeprefix("ipc://")).parent
-        shutil.rmtree(folder, ignore_errors=True)

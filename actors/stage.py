@@ -119,7 +119,8 @@ class StageWorker:
         gc.freeze()
         wire.sweep()  # what killed processes of this host have left
         # Last: a stage that cannot load leaves no socket behind.
-        self._inbox = wire.Inbox(f"stage on {spec.device.id}", keys, host=spec.host)
+        name = f"stage on {spec.device.id}"
+        self._inbox = wire.Inbox(name, keys, host=spec.host, beside=monitor)
 
     def ready(self) -> wire.Address:
         """Return where the stage receives, once the constructor has loaded it."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import secrets
 import shutil
 import socket
 import tempfile
@@ -112,7 +113,28 @@ class _KeyHolders:
 class Inbox:
     """Receives one actor's messages. Use from one thread."""
 
-    def __init__(self, name: str, keys: WireKeys, *, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        name: str,
+        keys: WireKeys,
+        *,
+        host: str = "127.0.0.1",
+        beside: Address | None = None,
+    ) -> None:
+        """`host` is the interface to listen on. On the machine of `beside`, an inbox that outlives
+        this one, the unix socket lies in its folder and goes with that, even when this process is
+        killed.
+
+        Raises:
+            WireError: `beside` is no more, so nothing would take this one's socket away.
+        """
+        self._owns_folder = beside is None or beside.machine != machine_id()
+        if beside is not None and not self._owns_folder:
+            self._file = _file_of(beside).with_name(secrets.token_hex(4))
+            if not self._file.parent.exists():
+                raise WireError(f"{name} starts too late: {beside.name} is gone")
+        else:  # created with mode 0700
+            self._file = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX)) / _SOCKET_NAME
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
@@ -123,8 +145,7 @@ class Inbox:
         self._socket.linger = 0
         self._socket.rcvhwm = _QUEUED_MESSAGES
         self._socket.maxmsgsize = MAX_PART_BYTES
-        self._directory = tempfile.mkdtemp(prefix=_FOLDER_PREFIX)  # created with mode 0700
-        ipc = f"ipc://{self._directory}/{_SOCKET_NAME}"
+        ipc = f"ipc://{self._file}"
         self._socket.bind(ipc)
         # A bind takes the options of its moment: what follows guards TCP and leaves the unix
         # socket, which the directory's mode guards, unencrypted.
@@ -155,7 +176,22 @@ class Inbox:
         self._socket.close()
         self._authenticator.stop()
         self._context.term()
-        shutil.rmtree(self._directory, ignore_errors=True)
+        self._file.unlink(missing_ok=True)
+        if self._owns_folder:
+            shutil.rmtree(self._file.parent, ignore_errors=True)
+
+
+def remove_socket(address: Address) -> None:
+    """Remove the unix socket of an inbox of this machine that could not do so itself."""
+    if address.machine == machine_id():
+        file = _file_of(address)
+        file.unlink(missing_ok=True)
+        if file.name == _SOCKET_NAME:
+            shutil.rmtree(file.parent, ignore_errors=True)
+
+
+def _file_of(address: Address) -> Path:
+    return Path(address.ipc.removeprefix("ipc://"))
 
 
 def sweep() -> int:

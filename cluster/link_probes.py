@@ -19,7 +19,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
 from actors.controller import ControllerShell
-from actors.fleet import Fleet, Host, remove_folder
+from actors.fleet import Fleet, Host
 from actors.link_probe import LinkProbeActor
 from actors.link_timer import LIGHT, LinkTimes
 from cluster.config import LinkSpec
@@ -231,7 +231,7 @@ class LinkProbes:
         for probe in probes:
             ray.kill(probe.actor)
             if probe.address is not None:
-                remove_folder(probe.address)
+                wire.remove_socket(probe.address)
 
     def _warn(self, what: str, message: str) -> None:
         """Say it once, until `what` has gone well."""

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import wire
 from actors.engine.config import EngineConfig
 from actors.engine.measure import Effort
-from actors.fleet import Host, remove_folder
+from actors.fleet import Host
 from actors.link_timer import ProbeError
 from actors.probe import ProbeActor
 from cluster.config import DeviceSpec
@@ -88,7 +88,7 @@ class Probes:
             ray.kill(actor)
         # One that hung could not remove its own.
         for _, address in self._ends.values():
-            remove_folder(address)
+            wire.remove_socket(address)
 
     def first_of(self, spec: DeviceSpec) -> DeviceSpec:
         """Return the first spec that is a share of the same device."""

@@ -18,4 +18,4 @@ say "layers"
 say "types"
 .venv/bin/mypy
 say "tests"
-.venv/bin/python -m pytest -m "not gpu" "$@"
+.venv/bin/python -m pytest -m "not gpu" --durations=25 "$@"

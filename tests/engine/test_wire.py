@@ -289,6 +289,44 @@ def test_only_the_owner_may_enter_the_directory_and_it_goes_with_the_inbox(
     assert not place.exists()
 
 
+def test_an_inbox_beside_another_goes_with_it(keys: WireKeys, open_outbox: Open) -> None:
+    outliving = Inbox("gateway", keys)
+    inbox = Inbox("stage 1", keys, beside=outliving.address)
+    assert directory(inbox) == directory(outliving)
+    open_outbox(inbox.address).send([b"1"])
+    assert receive(inbox) == [b"1"]
+
+    inbox.close()
+    assert [path.name for path in directory(outliving).iterdir()] == ["inbox"]
+
+    left = Inbox("a stage that is killed", keys, beside=outliving.address)
+    outliving.close()
+    assert not directory(left).exists()
+    left.close()
+    with pytest.raises(WireError, match="starts too late: gateway is gone"):
+        Inbox("a stage that starts too late", keys, beside=outliving.address)
+
+
+def test_an_inbox_beside_one_of_another_machine_has_a_folder_of_its_own(keys: WireKeys) -> None:
+    with closing(Inbox("gateway", keys)) as far:
+        address = replace(far.address, machine="another")
+        with closing(Inbox("stage 1", keys, beside=address)) as inbox:
+            assert directory(inbox) != directory(far)
+
+
+def test_what_a_process_left_is_removed_by_its_address(keys: WireKeys) -> None:
+    with closing(Inbox("gateway", keys)) as outliving:
+        beside = Inbox("stage 1", keys, beside=outliving.address)
+        alone = Inbox("stage 2", keys)
+        with closing(beside), closing(alone):
+            wire.remove_socket(replace(alone.address, machine="another"))
+            assert directory(alone).exists()
+            wire.remove_socket(beside.address)
+            wire.remove_socket(alone.address)
+            assert not directory(alone).exists()
+            assert [path.name for path in directory(outliving).iterdir()] == ["inbox"]
+
+
 def test_an_inbox_listens_on_loopback_unless_told_otherwise(inbox: Inbox) -> None:
     assert inbox.address.tcp.startswith("tcp://127.0.0.1:")
     assert (inbox.address.name, inbox.address.machine) == ("stage 1", machine_id())

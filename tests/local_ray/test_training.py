@@ -278,7 +278,8 @@ def test_a_killed_weight_host_costs_the_steps_since_the_checkpoint(
 def test_a_weight_host_that_hangs_is_given_up(
     make_config: Callable[..., MotleyConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosts, "SILENCE_S", 3.0)
+    # More than a host takes to start on a busy machine: one that does is not to count as hung.
+    monkeypatch.setattr(hosts, "SILENCE_S", 12.0)
     config = make_config(2, steps=9, checkpoint_every_steps=4)
 
     def watch(event: TrainingEvent) -> None:
@@ -294,7 +295,7 @@ def test_a_weight_host_that_hangs_is_given_up(
             os.kill(stopped[0], signal.SIGKILL)
     [lost] = of_kind(events, HostsLost)
     assert lost.from_step == 4
-    assert "hung for 3 s" in lost.reason
+    assert "hung for 12 s" in lost.reason
     whole = losses(train(unbroken(config)))
     by_step = {event.step: event.loss for event in of_kind(events, StepDone)}
     assert [by_step[step] for step in range(1, 10)] == whole

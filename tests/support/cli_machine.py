@@ -78,7 +78,9 @@ class Machine:
     def check_nothing_is_left(self) -> None:
         """No process, socket folder or state file of this environment."""
         self.check_no_process_is_left()
-        assert [*self.temporary.glob("motley-*"), *(self.folder / "home").rglob("*.json")] == []
+        folders = self.temporary.glob("motley-*")
+        left = [*folders, *(self.folder / "home").rglob("*.json")]
+        assert not left, [(str(path), os.listdir(path) if path.is_dir() else "") for path in left]
 
     def check_no_process_is_left(self, within_s: float = GONE_DEADLINE_S) -> None:
         deadline_s = time.monotonic() + within_s
