@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, assert_never
 
-from actors.fleet import Fleet, FleetError, MemberLostError
+from actors.fleet import Fleet
+from actors.hosting import FleetError, MemberLostError
 from actors.losses import Member
 from actors.moving import (
     MoveReport,

@@ -89,6 +89,10 @@ class ExpertWorker:
         """Tensor bytes taken from disk so far."""
         return self._host.bytes_read
 
+    def versions(self) -> tuple[int, ...]:
+        """Return the versions of the map that calls may name."""
+        return self._host.versions
+
     def connect(
         self, callers: Sequence[wire.Address], siblings: Mapping[str, wire.Address]
     ) -> None:
@@ -114,6 +118,18 @@ class ExpertWorker:
             ExpertError: See `ExpertHost.prepare`.
         """
         self._host.prepare(version, experts)
+
+    def fetch(self, layer: int, expert: int) -> None:
+        """Load an expert for a version to come, beside running calls; see `ExpertHost.fetch`.
+
+        Raises:
+            ExpertError: No such expert, or no free slot.
+        """
+        self._host.fetch(layer, expert)
+
+    def release(self, layer: int, expert: int) -> None:
+        """Undo `fetch`."""
+        self._host.release(layer, expert)
 
     def swap(self, version: int) -> None:
         """Forget versions before this one; calls that name them are refused from now on."""

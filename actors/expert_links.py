@@ -101,16 +101,22 @@ class ExpertLinks:
         fingerprint: str,
         *,
         host: str = "127.0.0.1",
+        beside: wire.Address | None = None,
         own: Mapping[str, ExpertHost] | None = None,
         patience: Patience | None = None,
         on_failure: Callable[[ExpertError], None] = lambda _: None,
+        on_rows: Callable[[int, Sequence[int]], None] = lambda _layer, _counts_E: None,
     ) -> None:
-        """`own` are experts in this process by device. `on_failure` may call `use`."""
+        """`host` and `beside` are its inbox's; `own` are experts in this process by device. `on_failure` may call `use`; `on_rows` is
+        told the layer and the rows of each expert, once a call."""
         self._keys = keys
         self._fingerprint = fingerprint
         self._own = own or {}
         self._patience = patience or Patience()
         self._on_failure = on_failure
+        self._on_rows = on_rows
+        self._running: NodeRoutes | None = None
+        """What the call that runs was divided by."""
         self._routes: NodeRoutes | None = None
         self._changed = threading.Condition()
         """Guards the routes and who was lost."""
@@ -120,7 +126,9 @@ class ExpertLinks:
         self._calls_sent = 0
         self.num_repeated = 0
         """Layer calls that were sent again after a failure."""
-        self._inbox = wire.Inbox(f"experts of {name}", keys, host=host)
+        self.waited_s = 0.0
+        """Spent in `run`, for experts elsewhere and for another map."""
+        self._inbox = wire.Inbox(f"experts of {name}", keys, host=host, beside=beside)
 
     @property
     def address(self) -> wire.Address:
@@ -141,6 +149,13 @@ class ExpertLinks:
             self._routes = routes
             self._changed.notify_all()
 
+    def settle(self, timeout_s: float) -> bool:
+        """Wait until no call runs by another map than that in force; returns whether that is so."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._running is None or self._running is self._routes, timeout_s
+            )
+
     def lose(self, workers: Sequence[wire.Address]) -> None:
         """Wait for these workers no more: they are gone for good. Calls to them fail at once."""
         with self._changed:
@@ -152,6 +167,15 @@ class ExpertLinks:
         Raises:
             ExpertError: It failed, and no other map came in time.
         """
+        began_s = time.monotonic()
+        self._on_rows(layer, counts_E)
+        try:
+            return self._run(layer, counts_E, rows_SH)
+        finally:
+            self._end_call()
+            self.waited_s += time.monotonic() - began_s
+
+    def _run(self, layer: int, counts_E: Sequence[int], rows_SH: torch.Tensor) -> torch.Tensor:
         while True:
             routes = self._current()
             try:
@@ -179,7 +203,10 @@ class ExpertLinks:
             ExpertError: It failed; what the workers added up is of no use then.
         """
         tensors = (rows_SH, gradient_SH)
-        return self._call(self._current(), wire.EXPERT_GRADIENTS, layer, counts_E, tensors)
+        try:
+            return self._call(self._current(), wire.EXPERT_GRADIENTS, layer, counts_E, tensors)
+        finally:
+            self._end_call()
 
     def close(self) -> None:
         self._inbox.close()
@@ -190,7 +217,13 @@ class ExpertLinks:
         with self._changed:
             if self._routes is None:
                 raise ExpertError("no expert map is in force yet; `use` one before the first step")
+            self._running = self._routes
             return self._routes
+
+    def _end_call(self) -> None:
+        with self._changed:
+            self._running = None
+            self._changed.notify_all()
 
     def _another_than(self, failed: NodeRoutes) -> bool:
         with self._changed:

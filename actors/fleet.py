@@ -17,13 +17,22 @@ from typing import Any
 import numpy as np
 import ray
 from ray.exceptions import RayActorError, RayError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
 from actors.decode import DecodeActor, LaneSpec
 from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.config import EngineConfig
+from actors.expert_crew import GPU_SHARE, CrewSpec, ExpertCrew
+from actors.hosting import (
+    FleetError,
+    Host,
+    MemberLostError,
+    actor_options,
+    address_of,
+    end_for_certain,
+    end_politely,
+)
 from actors.losses import Loss, Member, Watches, cause_of, first_line
 from actors.stage import StageActor, StageSpec
 from placement.stages import StagePlacement, StagesPlan
@@ -31,31 +40,8 @@ from placement.topology import Device
 from placement.workload import ModelProfile
 
 _log = logging.getLogger(__name__)
-_STOP_TIMEOUT_S = 10.0
-_LAST_WORDS_S = 1.0
 _LOOK_EVERY_S = 0.25
 _NOT_READY = "was not ready in time; raise ray.start_timeout_s, or see `motley doctor`"
-
-
-class FleetError(RuntimeError):
-    """The plan could not be turned into running actors."""
-
-
-class MemberLostError(FleetError):
-    """Because one of them is no more."""
-
-    def __init__(self, member: Member, reason: str) -> None:
-        super().__init__(reason)
-        self.member = member
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Host:
-    """A Ray node as the fleet uses it."""
-
-    ray_node_id: str
-    address: str
-    """The interface that other nodes reach; loopback when there are no others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +66,9 @@ class FleetSpec:
     keys: wire.WireKeys
     silence_s: float
     """A member that leaves a ping unanswered for so long is lost."""
+    experts: CrewSpec | None = None
+    """Where the routed experts are; None: in the stages. Profile and devices are then those of the
+    model without them."""
 
 
 class Fleet:
@@ -105,6 +94,10 @@ class Fleet:
         self._lives: Counter[int] = Counter()
         """Of every lane, by index: how often it was started."""
         self._watches = Watches(spec.silence_s)
+        self.experts = None
+        """The workers that hold routed experts, where stages do not."""
+        if spec.experts is not None:
+            self.experts = ExpertCrew(spec.experts, self.hosts, spec.keys, spec.monitor)
         self._is_stopped = False
 
     @property
@@ -113,7 +106,7 @@ class Fleet:
 
     @property
     def lane_addresses(self) -> dict[int, wire.Address]:
-        return {index: _address(lane) for index, lane in self.lanes.items()}
+        return {index: address_of(lane) for index, lane in self.lanes.items()}
 
     @property
     def is_whole(self) -> bool:
@@ -133,10 +126,12 @@ class Fleet:
         plan = self.plan
         members = [self.start_stage(placed, plan.epoch) for placed in plan.stages]
         members += [self.start_lane(index) for index in range(self.spec.num_lanes)]
+        if self.experts is not None:
+            members += self.experts.start()
         try:
             self.admit(members, deadline_s)
             self.connect(plan, deadline_s)
-            first = _address(self.stages[plan.stages[0].device_id])
+            first = address_of(self.stages[plan.stages[0].device_id])
             lanes = list(self.lanes.values())
             connected = [lane.actor.connect.remote(first) for lane in lanes]
             self.wait_for(lanes, connected, deadline_s)
@@ -144,7 +139,8 @@ class Fleet:
             for member in members:
                 self.bury(member)
             raise
-        self.watch(members)
+        # Losses of experts are made good by themselves (see `actors.experts_shell`).
+        self.watch(self.members)
 
     def start_stage(self, placed: StagePlacement, epoch: int) -> Member:
         """Start a stage actor; it is one of the fleet when `admit` has seen it ready.
@@ -167,8 +163,10 @@ class Fleet:
             engine=spec.engine,
             epoch=epoch,
             host=host.address,
+            experts=None if self.experts is None else self.experts.access(placed.node),
         )
-        options = _options(host, num_gpus=1 if device.kind == "cuda" else 0)
+        whole = 1.0 if self.experts is None else GPU_SHARE
+        options = actor_options(host, num_gpus=whole if device.kind == "cuda" else 0)
         actor = StageActor.options(**options).remote(stage, spec.keys, spec.monitor)
         return Member("stage", device.id, actor)
 
@@ -188,7 +186,7 @@ class Fleet:
             adapter_version=adapter_version,
             host=host.address,
         )
-        options = _options(host, num_gpus=0)
+        options = actor_options(host, num_gpus=0)
         arguments = lane, spec.tokenizer_json, spec.keys, spec.monitor
         return Member("lane", index, DecodeActor.options(**options).remote(*arguments), life)
 
@@ -208,8 +206,11 @@ class Fleet:
             keep = version
         for member, address in zip(members, addresses, strict=True):
             member.address = address
-            group: dict[Any, Member] = self.stages if member.kind == "stage" else self.lanes
-            group[member.key] = member
+        if self.experts is not None:
+            self.experts.admit([m for m in members if m.kind == "experts"])
+            self.experts.serve(stages, deadline_s)
+        for member in members:
+            self._group(member)[member.key] = member
 
     def connect(self, plan: StagesPlan, deadline_s: float) -> None:
         """Tell the stages of a plan, by its epoch, who comes next and where the lanes are.
@@ -218,8 +219,8 @@ class Fleet:
             FleetError: One of them died, or did not answer in time.
         """
         stages = [self.stages[placed.device_id] for placed in plan.stages]
-        lanes = {index: (lane.life, _address(lane)) for index, lane in self.lanes.items()}
-        following = [*(_address(stage) for stage in stages[1:]), None]
+        lanes = {index: (lane.life, address_of(lane)) for index, lane in self.lanes.items()}
+        following = [*(address_of(stage) for stage in stages[1:]), None]
         calls = [
             stage.actor.connect.remote(plan.epoch, address, lanes)
             for stage, address in zip(stages, following, strict=True)
@@ -279,21 +280,25 @@ class Fleet:
         results: list[Any] = ray.get(list(references))
         return results
 
+    def _group(self, member: Member) -> dict[Any, Member]:
+        if member.kind == "experts":
+            assert self.experts is not None
+            return self.experts.members
+        return self.stages if member.kind == "stage" else self.lanes
+
     def _check_open(self) -> None:
         if self._is_stopped:
             raise FleetError("the fleet is stopped")
 
     def bury(self, member: Member) -> None:
         """Take a lost member out, and make sure that it does not come back."""
-        group: dict[Any, Member] = self.stages if member.kind == "stage" else self.lanes
+        group = self._group(member)
         if group.get(member.key) is member:
             del group[member.key]
         self._watches.drop(member)
-        if member.address is None:  # nobody knows its socket but itself
-            ray.wait([member.actor.stop.remote()], timeout=_LAST_WORDS_S)
-        ray.kill(member.actor)
-        if member.address is not None:
-            wire.remove_socket(member.address)
+        end_for_certain(member)
+        if self.experts is not None:
+            self.experts.forget(member)
 
     def set_aside(self, member: Member, placed: StagePlacement) -> None:
         """Keep a stage that loads for a plan that comes to nothing; the next may want it."""
@@ -324,7 +329,7 @@ class Fleet:
     def retire(self, member: Member) -> None:
         """Stop a member that is not needed any more."""
         self._watches.drop(member)
-        ray.wait([member.actor.stop.remote()], timeout=_STOP_TIMEOUT_S)
+        end_politely([member])
         self.bury(member)
 
     def load_adapter(self, version: int, adapter: Adapter, *, keep: int, timeout_s: float) -> None:
@@ -351,34 +356,8 @@ class Fleet:
         self._is_stopped = True
         self._watches.stop()
         members = [*self.members, *(spare[0] for spare in self._spares.values())]
-        _end(members)
+        if self.experts is not None:
+            members += self.experts.members.values()
+        end_politely(members)
         for member in members:
             self.bury(member)
-
-
-def _end(members: Sequence[Member]) -> None:
-    """Stop actors: politely first, so that they clean up behind them, then for certain."""
-    stops = [member.actor.stop.remote() for member in members]
-    if stops:
-        ray.wait(stops, num_returns=len(stops), timeout=_STOP_TIMEOUT_S)
-    for member in members:
-        ray.kill(member.actor)
-
-
-def _address(member: Member) -> wire.Address:
-    assert member.address is not None, "members of a fleet are ready"
-    return member.address
-
-
-def _options(host: Host, *, num_gpus: int) -> dict[str, Any]:
-    """Pin to the planned node. The plan has already shared out the CPUs, so Ray counts none."""
-    affinity = NodeAffinitySchedulingStrategy(node_id=host.ray_node_id, soft=False)
-    return {
-        "num_cpus": 0,
-        "num_gpus": num_gpus,
-        "max_restarts": 0,
-        # watch() holds one thread for as long as the actor lives; loading, KV, pings take more, and
-        # a ping that found none would look like a hang.
-        "max_concurrency": 16,
-        "scheduling_strategy": affinity,
-    }

@@ -18,11 +18,11 @@ _PING_EVERY_S = 1.0
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A running stage or lane."""
+    """A running stage or lane, or the worker with a device's experts."""
 
-    kind: Literal["stage", "lane"]
+    kind: Literal["stage", "lane", "experts"]
     key: str | int
-    """A stage's device, a lane's index."""
+    """A lane's index, the device of others."""
     actor: Any
     life: int = 0
     address: wire.Address | None = None
@@ -31,7 +31,9 @@ class Member:
 
     @property
     def name(self) -> str:
-        return f"lane {self.key}" if self.kind == "lane" else f"the stage on {self.key}"
+        if self.kind == "lane":
+            return f"lane {self.key}"
+        return f"the {'stage' if self.kind == 'stage' else 'expert worker'} on {self.key}"
 
 
 @dataclass(frozen=True, slots=True)

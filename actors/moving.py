@@ -18,7 +18,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from actors.fleet import Fleet, FleetError, MemberLostError
+from actors.fleet import Fleet
+from actors.hosting import FleetError, MemberLostError
 from actors.losses import Member, cause_of
 from placement.moving.transit import tight_devices
 from placement.stages import StagesPlan

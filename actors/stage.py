@@ -32,7 +32,10 @@ from actors.engine.pace import DeviceClock
 from actors.engine.packed import seconds_in
 from actors.engine.slice import StageSlice
 from actors.loop import ServingLoop
+from actors.stage_experts import ExpertAccess, StageExperts
 from placement.costs import StageCost, stage_cost
+from placement.sharding.expert_map import ExpertMap
+from placement.sharding.loads import LoadSummary, Phase
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -57,6 +60,9 @@ class StageSpec:
     epoch: int = 0
     host: str = "127.0.0.1"
     """Address of the node's own interface that other nodes can reach."""
+    experts: ExpertAccess | None = None
+    """How its routed experts are reached that are elsewhere; None: they are here. The profile is
+    then that of the model without them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,23 +110,21 @@ class StageWorker:
         checkpoint = Checkpoint.open(
             spec.model, allow_unverified=spec.engine.allow_unverified_architectures
         )
-        self._slices[spec.epoch] = StageSlice(
-            checkpoint,
-            spec.first_layer,
-            spec.end_layer,
-            config=spec.engine,
-            num_kv_blocks=spec.num_kv_blocks,
-            num_lanes=spec.num_lanes,
-            device="cuda" if spec.device.kind == "cuda" else "cpu",
-            on_progress=self._first_progress,
-        )
-        # What is loaded stays: a full collection that walks it would stop the steps for 0.3 s.
-        gc.collect()
-        gc.freeze()
-        wire.sweep()  # what killed processes of this host have left
-        # Last: a stage that cannot load leaves no socket behind.
         name = f"stage on {spec.device.id}"
-        self._inbox = wire.Inbox(name, keys, host=spec.host, beside=monitor)
+        self._experts = None
+        if spec.experts is not None:
+            self._experts = StageExperts(spec.experts, name, keys, host=spec.host, beside=monitor)
+        try:
+            self._slices[spec.epoch] = self._first_slice(checkpoint)
+            # What is loaded stays: a full collection that walks it would stop the steps for 0.3 s.
+            gc.collect()
+            gc.freeze()
+            wire.sweep()  # what killed processes of this host have left
+            # Last: a stage that cannot load leaves no socket behind.
+            self._inbox = wire.Inbox(name, keys, host=spec.host, beside=monitor)
+        except BaseException:
+            self._close_links()
+            raise
 
     def ready(self) -> wire.Address:
         """Return where the stage receives, once the constructor has loaded it."""
@@ -215,6 +219,24 @@ class StageWorker:
         """
         self._newest.adapters.load(version, Adapter.decode(message.data), keep=keep)
 
+    def expert_caller(self) -> wire.Address:
+        """Return where expert workers answer this stage."""
+        return self._elsewhere.links.address
+
+    def use_experts(
+        self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float
+    ) -> bool:
+        """Divide rows by this map from the next layer on, beside steps; see `StageExperts.use`."""
+        return self._elsewhere.use(current, workers, settle_s)
+
+    def lose_experts(self, workers: list[wire.Address]) -> None:
+        """Wait for these workers no more; their rows wait for another map."""
+        self._elsewhere.links.lose(workers)
+
+    def expert_loads(self) -> dict[Phase, LoadSummary]:
+        """Return the rows that experts of this stage's layers got lately."""
+        return self._elsewhere.loads()
+
     def slow_down(self, slowness: float) -> None:
         """Make a paced device take a multiple of its declared time, to try what that does."""
         self._clock.slowness = slowness
@@ -233,10 +255,34 @@ class StageWorker:
         self._monitor.close()
         for outbox in self._outboxes.values():
             outbox.close()
+        self._close_links()
+
+    @property
+    def _elsewhere(self) -> StageExperts:
+        assert self._experts is not None, "experts of this deployment are in its stages"
+        return self._experts
 
     @property
     def _newest(self) -> StageSlice:
         return self._slices[max(self._slices)]
+
+    def _first_slice(self, checkpoint: Checkpoint) -> StageSlice:
+        spec = self._spec
+        return StageSlice(
+            checkpoint,
+            spec.first_layer,
+            spec.end_layer,
+            config=spec.engine,
+            num_kv_blocks=spec.num_kv_blocks,
+            num_lanes=spec.num_lanes,
+            device="cuda" if spec.device.kind == "cuda" else "cpu",
+            on_progress=self._first_progress,
+            experts=None if self._experts is None else self._experts.links,
+        )
+
+    def _close_links(self) -> None:
+        if self._experts is not None:
+            self._experts.links.close()
 
     def _free(self, given_up: StageSlice) -> None:
         first, *others = self._slices.values()
@@ -289,9 +335,12 @@ class StageWorker:
                     f"step {batch.step} is of plan {batch.epoch}; it has {[*self._routes]}"
                 )
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
+            waited_s = 0.0 if self._experts is None else self._experts.begin_step(batch)
             out = route.slice.forward(batch, hidden)
-            occupied_s = self._clock.finish(batch, started_s, route.cost)
-            seconds = msgpack.packb([*seconds_in(parts[2]), occupied_s])
+            if self._experts is not None:
+                waited_s = self._experts.links.waited_s - waited_s
+            occupied_s = self._clock.finish(batch, started_s, route.cost, elsewhere_s=waited_s)
+            seconds = msgpack.packb([*seconds_in(parts[2]), occupied_s + waited_s])
             if isinstance(out, StepResult):
                 result = msgpack.packb([batch.step, out.to_wire()])
                 lane.send([wire.RESULT, result, seconds])

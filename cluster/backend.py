@@ -198,6 +198,14 @@ class Backend(Protocol):
         the last one last: "at_s" (Unix), "epoch", "from" and "to" (device id: layers), "reason",
         "predicted_gain" and "measured_gain" (fractions or null), "pause_s" (or null), "outcome"
         ("kept", "rolled back", "running", "failed", "recovery").
+
+        Where experts are sharded also "experts": "version" (of the map in force), "reason" (why
+        nothing is served, or what was last decided), "is_moving", "maps" (that came into force),
+        "copies" (device id: experts of all layers), "layers" (those of the model that have some),
+        by these "loads" (of each expert, 1 is the layer's mean) and "replicas" (how many devices
+        hold it), "changes" (the last maps, the newest last: "at_s" (Unix), "version", "reason",
+        "copies" that are new: "device_id", "layer", "expert") and "recoveries" ("device_id",
+        "seconds", "reason").
         """
         ...
 

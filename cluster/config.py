@@ -12,7 +12,7 @@ import typing
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -116,7 +116,13 @@ class PlanSettings(_Settings):
     headroom_fraction: float = Field(LEAST_HEADROOM_FRACTION, ge=LEAST_HEADROOM_FRACTION, lt=1)
     """Share of each device's memory that the plan leaves alone; allocators fragment."""
     layer_counts: tuple[int, ...] | None = None
-    """Force the cut: one layer count per device, 0 leaves it out."""
+    """Force the cut: one layer count per device, 0 leaves it out (of experts it may hold some)."""
+    experts: Literal["stages", "shards"] = "stages"
+    """Of a mixture of experts. stages: experts are where their layer is. shards: they are spread
+    over all devices by speed and memory, replicated where that helps, and follow the load."""
+    spare_experts: int = Field(4, ge=1, le=4096)
+    """Of shards: experts for which each device keeps room beside those it holds, so that experts
+    can move while it serves."""
 
     @property
     def most_lanes(self) -> int:

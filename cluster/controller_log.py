@@ -1,7 +1,8 @@
-"""The controller's log on disk: an incident can be replayed from it, event by event.
+"""The logs of the controller and of the experts' rebalancer on disk, for replays of incidents.
 
-JSON lines: what the controller began with, then every event with the commands that followed. Ticks
-are written when something followed. Replay it with `placement.steering.log.replay`.
+JSON lines: what it began with, then every event with the commands that followed. Ticks are written
+when something followed. Replay them with `placement.steering.log.replay` and
+`placement.sharding.log.replay`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runstate import run_folder
+from placement.sharding.log import ExpertEntry, ExpertOpening, Merging
 from placement.steering.log import LogEntry, Opening
 from placement.steering.values import Tick
 
@@ -26,10 +28,14 @@ def controller_log_file(deployment: str) -> Path:
     return run_folder() / f"{deployment}.controller.jsonl"
 
 
-class ControllerLog:
+def expert_log_file(deployment: str) -> Path:
+    return run_folder() / f"{deployment}.experts.jsonl"
+
+
+class _EventLog:
     """One log, begun anew; the one before is kept beside it. Use from one thread."""
 
-    def __init__(self, file: Path, opening: Opening, *, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, file: Path, opening: Mapping[str, Any], *, most_bytes: int) -> None:
         self._file = file
         self._left_bytes = most_bytes
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -37,12 +43,7 @@ class ControllerLog:
             file.replace(file.with_suffix(file.suffix + ".1"))
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         self._stream = os.fdopen(descriptor, "w", encoding="utf-8")
-        self._write(opening.to_json())
-
-    def write(self, entry: LogEntry) -> None:
-        """Add an event; a disk that is full costs the log, not the deployment."""
-        if entry.commands or not isinstance(entry.event, Tick):
-            self._write(entry.to_json())
+        self._write(opening)
 
     def close(self) -> None:
         self._stream.close()
@@ -56,10 +57,40 @@ class ControllerLog:
             self._stream.write(line)
             self._stream.flush()
         except OSError as error:
-            _log.warning("the controller's log %s ends here: %s", self._file, error)
+            _log.warning("the log %s ends here: %s", self._file, error)
             self._left_bytes = 0
         if self._left_bytes <= 0:
-            _log.warning("the controller's log %s is full; what follows is lost", self._file)
+            _log.warning("the log %s is full; what follows is lost", self._file)
+
+
+class ControllerLog(_EventLog):
+    """The controller's."""
+
+    def __init__(self, file: Path, opening: Opening, *, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__(file, opening.to_json(), most_bytes=most_bytes)
+
+    def write(self, entry: LogEntry) -> None:
+        """Add an event; a disk that is full costs the log, not the deployment."""
+        if entry.commands or not isinstance(entry.event, Tick):
+            self._write(entry.to_json())
+
+
+class ExpertLog(_EventLog):
+    """The experts'. Loads of a large model fill it within hours."""
+
+    def __init__(self, file: Path, opening: ExpertOpening, *, most_bytes: int = MOST_BYTES) -> None:
+        super().__init__(file, opening.to_json(), most_bytes=most_bytes)
+        self._merging = Merging()
+
+    def write(self, entry: ExpertEntry) -> None:
+        """Add an event, or hold it back for the next one."""
+        for each in self._merging.add(entry):
+            self._write(each.to_json())
+
+    def close(self) -> None:
+        for each in self._merging.rest():
+            self._write(each.to_json())
+        super().close()
 
 
 def read_log(file: Path) -> tuple[Opening, list[LogEntry]]:
@@ -71,3 +102,14 @@ def read_log(file: Path) -> tuple[Opening, list[LogEntry]]:
     first, *lines = file.read_text(encoding="utf-8").splitlines()
     entries = [LogEntry.from_json(json.loads(line)) for line in lines]
     return Opening.from_json(json.loads(first)), entries
+
+
+def read_expert_log(file: Path) -> tuple[ExpertOpening, list[ExpertEntry]]:
+    """Return what a log of the experts began with, and its entries.
+
+    Raises:
+        ValueError: It is no such log.
+    """
+    first, *lines = file.read_text(encoding="utf-8").splitlines()
+    entries = [ExpertEntry.from_json(json.loads(line)) for line in lines]
+    return ExpertOpening.from_json(json.loads(first)), entries

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from typing import Annotated
 
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator
+
+from cluster.quantities import parse_bytes
 from placement.steering.settings import ControllerSettings
 from placement.workload import DeviceOrder, Objective
 
+ByteCount = Annotated[int, BeforeValidator(parse_bytes)]
 _MOVE_GRACE_S = 120.0
 """Beyond the time for loading: to change over, or to find out that it cannot be done."""
 
@@ -27,6 +31,8 @@ class ControllerConfig(BaseModel):
     """Between two moves for gain."""
     keep_fraction: float = Field(0.95, ge=0, le=1)
     """A move is taken back when tokens/s after it are below this share of those before."""
+    expert_step_bytes: ByteCount = Field(4 * 2**20, ge=1)
+    """Of sharded experts that move: read per step, all devices together."""
     half_step: bool = False
     """Where one slowed device is all the evidence, move half the way first."""
     link_probe_every_s: float = Field(20.0, ge=0, le=86400)

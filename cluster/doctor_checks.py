@@ -24,7 +24,7 @@ from packaging.specifiers import SpecifierSet
 from actors.engine.checkpoint import Checkpoint, CheckpointError
 from cluster.config import ConfigError, MotleyConfig
 from cluster.gateway.settings import GatewaySettings, is_loopback
-from cluster.planning import dtype_bytes, make_plan
+from cluster.planning import dtype_bytes, plan_serving
 from cluster.profile import known_topology
 from cluster.quantities import format_bytes
 from placement.errors import InfeasiblePlanError
@@ -158,7 +158,7 @@ def check_plan(
     kinds = [device.kind for device in topology.devices]
     profile = checkpoint.profile(dtype_bytes=dtype_bytes(config.engine, kinds))
     try:
-        plan = make_plan(config, profile, topology)
+        plan = plan_serving(config, profile, topology).stages
     except (ConfigError, InfeasiblePlanError) as error:
         return Check("plan", "fail", str(error)), None
     message = f"{len(plan.stages)} stages, slowest {plan.bottleneck_s * 1e3:.2f} ms a step"

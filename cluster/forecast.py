@@ -11,17 +11,19 @@ from cluster.config import MotleyConfig
 from cluster.planning import (
     best_single_device_plan,
     dtype_bytes,
-    make_plan,
+    make_shards,
+    plan_serving,
     serving_workload,
     settings_errors,
+    verdict,
 )
 from cluster.training_settings import TrainingSettings
 from placement.decode import DecodePlan, plan_decode
 from placement.errors import InfeasiblePlanError
 from placement.front import StageFront, plan_front
-from placement.shards import ShardsPlan, plan_shards
+from placement.shards import ShardsPlan
 from placement.simulate import simulate_slots
-from placement.stages import StagesPlan, split_verdict
+from placement.stages import StagesPlan
 from placement.topology import Topology
 from placement.trace import Event
 from placement.train import TrainPlan, plan_cut, plan_train
@@ -73,21 +75,22 @@ def forecast(
         ConfigError: The settings do not suit the model or the devices.
         InfeasiblePlanError: Nothing fits.
     """
-    plan = make_plan(config, profile, topology)
+    served = plan_serving(config, profile, topology)
+    plan = served.stages
     alone = best_single_device_plan(config, profile, topology)
     settings = config.plan
     forced = settings.layer_counts is not None
     with settings_errors():
         front = plan_front(
-            profile,
-            topology,
+            served.profile,
+            served.topology,
             workload=serving_workload(config),
             headroom_fraction=settings.headroom_fraction,
             device_order="given" if forced else settings.device_order,
         )
         lanes = plan_decode(
-            profile,
-            topology,
+            served.profile,
+            served.topology,
             plan,
             sequences=settings.lanes * settings.sequences_per_lane,
             context_tokens_per_sequence=settings.context_tokens,
@@ -95,26 +98,16 @@ def forecast(
             headroom_fraction=settings.headroom_fraction,
             step_tokens=config.engine.max_step_tokens,
         )
-        shards = _shards(config, profile, topology) if shard_experts else None
+    shards = served.shards
+    if shards is None and shard_experts:
+        shards = make_shards(config, profile, topology)
     return Forecast(
         plan=plan,
         alone=alone,
-        verdict=split_verdict(plan, alone),
+        verdict=verdict(served, alone),
         front=front,
         lanes=lanes,
         shards=shards,
-    )
-
-
-def _shards(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> ShardsPlan:
-    return plan_shards(
-        profile,
-        topology,
-        workload=serving_workload(config),
-        headroom_fraction=config.plan.headroom_fraction,
-        objective=config.plan.objective,
-        layer_counts=config.plan.layer_counts,
-        device_order="given" if config.plan.layer_counts else config.plan.device_order,
     )
 
 

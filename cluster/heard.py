@@ -24,6 +24,7 @@ _STAGE_NUMBERS = (
     "late_s",
     "link_bytes",
 )
+_EXPERT_NUMBERS = ("busy_s", "predicted_s", "calls", "late_s", "link_bytes")
 _LANE_NUMBERS = (
     "running",
     "waiting",
@@ -70,9 +71,14 @@ def _report(value: Any) -> Mapping[str, Any]:
             raise PackedError("a report of no stage")
         # A stage may leave out what it has not begun to count; a lane counts from the start.
         _check_numbers(value, [name for name in _STAGE_NUMBERS if name in value])
+    elif "experts" in value:
+        device = value["experts"]
+        if type(device) is not str or not 0 < len(device) <= _MOST_NAME_CHARACTERS:
+            raise PackedError("a report of no device's experts")
+        _check_numbers(value, _EXPERT_NUMBERS)
     else:
         if not is_whole(value.get("lane"), high=_MOST_LANES - 1):
-            raise PackedError("a report of no stage and no lane")
+            raise PackedError("a report of no stage, lane or experts")
         _check_numbers(value, _LANE_NUMBERS)
     return value
 

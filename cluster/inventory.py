@@ -17,7 +17,7 @@ import ray
 
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.measure import QUICK, QUICK_ROWS
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.link_timer import ProbeError
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
 from cluster.planning import dtype_bytes

@@ -22,22 +22,24 @@ from actors.engine.adapter import Adapter
 from actors.engine.batching import LaneLimits
 from actors.engine.checkpoint import Checkpoint, CheckpointError
 from actors.engine.lora import check_fits
-from actors.fleet import Fleet, FleetError, FleetSpec
+from actors.fleet import Fleet, FleetSpec
+from actors.hosting import FleetError
 from cluster.backend import ModelInfo, PublishFailed
 from cluster.config import ConfigError, MotleyConfig
 from cluster.dispatch import Dispatcher
 from cluster.events import LaunchEvent, Planned, Ready, StageProgress, Stopped
+from cluster.expert_shards import crew_spec, rebalance_settings
 from cluster.gateway.auth import new_token, read_token
 from cluster.gateway.server import GatewayHandle, open_audit, serve
 from cluster.gateway.tokenizer import Tokenizer, load_tokenizer
 from cluster.inventory import find_hosts, find_topology
 from cluster.journal import Journal, journal_file
-from cluster.planning import best_single_device_plan, dtype_bytes, make_plan
+from cluster.planning import best_single_device_plan, dtype_bytes, plan_serving, verdict
 from cluster.profile import LOCAL
 from cluster.ray_session import STOP_SIGNALS, joins_cluster, prints_logged, ray_session
 from cluster.resuming import Resuming
 from cluster.supervision import Supervisor
-from placement.stages import StagesPlan, split_verdict
+from placement.stages import StagesPlan
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -127,9 +129,10 @@ async def deployment(
         topology = await asyncio.to_thread(find_topology, config, hosts)
         width = dtype_bytes(config.engine, [device.kind for device in topology.devices])
         profile = checkpoint.profile(dtype_bytes=width)
-        plan = make_plan(config, profile, topology)
+        served = plan_serving(config, profile, topology)
+        plan = served.stages
         alone = best_single_device_plan(config, profile, topology)
-        on_event(Planned(plan, split_verdict(plan, alone)))
+        on_event(Planned(plan, verdict(served, alone)))
         limits = lane_limits(config, checkpoint, plan)
         info = _model_info(config, checkpoint, limits, width)
         dispatcher = Dispatcher(info, plan, limits, silence_s=config.engine.step_timeout_s)
@@ -153,10 +156,10 @@ async def deployment(
             raise ConfigError(f"gateway: {error}") from error
         stack.push_async_callback(gateway.close, _CLOSE_GRACE_S)
         spec = FleetSpec(
-            devices={device.id: device for device in topology.devices},
+            devices={device.id: device for device in served.topology.devices},
             hosts=hosts,
             lane_node=LOCAL,
-            profile=profile,
+            profile=served.profile,
             model=str(checkpoint.path),
             engine=config.engine,
             limits=limits,
@@ -166,11 +169,22 @@ async def deployment(
             monitor=monitor,
             keys=dispatcher.keys,
             silence_s=config.controller.silence_timeout_s,
+            experts=None
+            if served.shards is None
+            else crew_spec(config, checkpoint, profile, topology, served.shards),
         )
         fleet = Fleet(spec, plan)
         fleets.push_async_callback(asyncio.to_thread, fleet.stop)
         await _deploy(fleet, config.ray.start_timeout_s, dispatcher, on_event, stopping)
-        supervisor = Supervisor(config, profile, topology, plan, fleet, dispatcher)
+        supervisor = Supervisor(
+            config,
+            served.profile,
+            served.topology,
+            plan,
+            fleet,
+            dispatcher,
+            None if served.shards is None else rebalance_settings(config, profile, served.shards),
+        )
         host = _FleetAdapters(checkpoint, fleet, config.ray.start_timeout_s, supervisor.fleet_turn)
         await dispatcher.connect(fleet.lane_addresses, host, adapter)
         fleets.push_async_callback(supervisor.stop)
@@ -185,7 +199,7 @@ async def deployment(
         on_event(Ready(gateway.http_url, gateway.grpc_target, token, time.monotonic() - started_s))
         yield Deployment(
             plan=plan,
-            profile=profile,
+            profile=served.profile,
             devices=topology.devices,
             limits=limits,
             dispatcher=dispatcher,

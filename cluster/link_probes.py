@@ -19,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors import wire
 from actors.controller import ControllerShell
-from actors.fleet import Fleet, Host
+from actors.fleet import Fleet
+from actors.hosting import Host
 from actors.link_probe import LinkProbeActor
 from actors.link_timer import LIGHT, LinkTimes
 from cluster.config import LinkSpec

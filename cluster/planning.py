@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from placement.stages import StagesPlan, best_single, plan_stages
+from placement.costs import expert_weight_bytes
+from placement.shards import (
+    ShardsPlan,
+    plan_shards,
+    topology_of_stages,
+    without_experts,
+)
+from placement.stages import StagesPlan, best_single, plan_stages, split_verdict
 from placement.topology import Device, DeviceKind, Link, LinkRate, Topology
 from placement.workload import ModelProfile, ServingWorkload
 
@@ -128,6 +137,86 @@ def make_plan(config: MotleyConfig, profile: ModelProfile, topology: Topology) -
             layer_counts=config.plan.layer_counts,
             objective=config.plan.objective,
             device_order="given" if forced else config.plan.device_order,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServingPlan:
+    """What is deployed, and the model and the devices as its stages see them."""
+
+    stages: StagesPlan
+    profile: ModelProfile
+    topology: Topology
+    shards: ShardsPlan | None
+    """None: experts, if there are any, are where their layer is."""
+
+
+def plan_serving(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> ServingPlan:
+    """Plan a deployment as `plan.experts` says.
+
+    Raises:
+        ConfigError: The plan settings do not suit the model or the devices.
+        InfeasiblePlanError: Nothing fits.
+    """
+    if config.plan.experts == "stages":
+        stages = make_plan(config, profile, topology)
+        return ServingPlan(stages=stages, profile=profile, topology=topology, shards=None)
+    shards = make_shards(config, profile, topology)
+    bytes_each = expert_weight_bytes(profile.layers[shards.expert_layers[0]])
+    kept = {device.id: shards.num_slots(device) * bytes_each for device in shards.devices}
+    # What a stage does not need is for experts, so lanes have the KV that was planned.
+    most_kv_tokens = min(shards.stages.kv_tokens_capacity, serving_workload(config).kv_tokens)
+    return ServingPlan(
+        stages=replace(shards.stages, kv_tokens_capacity=most_kv_tokens),
+        profile=without_experts(profile),
+        topology=topology_of_stages(topology, kept, config.plan.headroom_fraction),
+        shards=shards,
+    )
+
+
+def verdict(served: ServingPlan, alone: StagesPlan | None) -> str:
+    """Say in plain words what a plan is predicted to do, beside the best on a single device."""
+    shards = served.shards
+    if shards is None:
+        return split_verdict(served.stages, alone)
+    return (
+        f"experts on {len(shards.experts.device_ids)} devices, the rest in "
+        f"{len(served.stages.stages)} stages: {shards.predicted_tokens_per_s:.1f} tokens/s, "
+        f"{shards.latency_s * 1e3:.2f} ms a step; "
+        + (
+            f"no device holds {served.stages.model} alone"
+            if alone is None
+            else f"{alone.stages[0].device_id} alone gives {alone.predicted_tokens_per_s:.1f} "
+            f"tokens/s, {alone.latency_s * 1e3:.2f} ms a step"
+        )
+    )
+
+
+def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> ShardsPlan:
+    """Plan stages without their experts, and the experts over all devices.
+
+    Raises:
+        ConfigError: The model has no experts, or the settings do not suit it or the devices.
+        InfeasiblePlanError: Nothing fits.
+    """
+    forced = config.plan.layer_counts is not None
+    gpus = Counter(device.node for device in topology.devices if device.kind == "cuda")
+    for node, count in gpus.items():
+        if count > 1 and config.plan.experts == "shards":
+            raise ConfigError(
+                f"plan.experts: shards takes one GPU a node so far, {node} has {count}; set "
+                "plan.experts: stages, or name one device of each node in `devices`"
+            )
+    with settings_errors():
+        return plan_shards(
+            profile,
+            topology,
+            workload=serving_workload(config),
+            headroom_fraction=config.plan.headroom_fraction,
+            objective=config.plan.objective,
+            layer_counts=config.plan.layer_counts,
+            device_order="given" if forced else config.plan.device_order,
+            spare_slots=config.plan.spare_experts,
         )
 
 

@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors import wire
 from actors.engine.config import EngineConfig
 from actors.engine.measure import Effort
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.link_timer import ProbeError
 from actors.probe import ProbeActor
 from cluster.config import DeviceSpec

@@ -16,7 +16,7 @@ import ray
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.layer_meter import LayerKind, LayerShape, layer_kinds
 from actors.engine.measure import FULL, MATMUL_ROWS, QUICK, main_shapes
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.probe import MeterSpec
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
 from cluster.inventory import find_hosts, find_specs

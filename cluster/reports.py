@@ -25,6 +25,8 @@ class Reports:
         self.stages: dict[str, Mapping[str, Any]] = {}
         """By device."""
         self.lanes: dict[int, Mapping[str, Any]] = {}
+        self.experts: dict[str, Mapping[str, Any]] = {}
+        """Of workers with sharded experts, by device."""
         self._heard_s: dict[str, float] = {}
         self._now_s = now_s
 
@@ -32,6 +34,8 @@ class Reports:
         if "stage" in report:
             self.stages[report["stage"]] = report
             self._heard_s[report["stage"]] = self._now_s()
+        elif "experts" in report:
+            self.experts[report["experts"]] = report
         else:
             self.lanes[report["lane"]] = report
 

@@ -7,13 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
 from cluster.backend import ControllerStatus
+from placement.sharding.rebalance_values import DeviceMadeGood, MapChange
+from placement.sharding.rebalancer import ExpertRebalancer
 from placement.stages import StagesPlan
 from placement.steering.state import ControllerState, MoveRecord
 from placement.topology import Link
 
 Cut = Mapping[str, int]
 """Device id: number of layers."""
+_LEAST_ROWS = 1e-9
+"""So that a layer without any row has no load, and not none that is a number."""
 
 
 def cut_of(plan: StagesPlan) -> dict[str, int]:
@@ -55,6 +61,63 @@ def controller_document(
         "factors": dict(state.slowness),
         "links": [asdict(link) for link in links],
         "moves": [_move(move, cuts, unix_offset_s) for move in state.moves],
+    }
+
+
+def experts_document(
+    rebalancer: ExpertRebalancer,
+    layers: Sequence[int],
+    *,
+    num_maps: int,
+    changes: Sequence[MapChange],
+    recoveries: Sequence[DeviceMadeGood],
+    unix_offset_s: float,
+) -> dict[str, Any]:
+    """Return what `Backend.controller_json` promises of sharded experts.
+
+    Args:
+        rebalancer: With the map in force and the loads.
+        layers: The model's layers with experts, in the map's order.
+        num_maps: That came into force.
+        changes: The last of them, the newest last.
+        recoveries: From losses.
+        unix_offset_s: From the changes' clock to Unix time.
+    """
+    current, decision = rebalancer.map, rebalancer.last_decision
+    rows_LE = rebalancer.loads
+    mean_L1 = np.maximum(rows_LE.mean(axis=1, keepdims=True), _LEAST_ROWS)
+    return {
+        "version": current.version,
+        "reason": rebalancer.halted or ("" if decision is None else decision.reason),
+        "is_moving": rebalancer.is_moving,
+        "maps": num_maps,
+        "layers": list(layers),
+        "loads": np.round(rows_LE / mean_L1, 2).tolist(),
+        "replicas": [
+            np.bincount(
+                [expert for held in layer.experts for expert in held],
+                minlength=current.num_experts,
+            ).tolist()
+            for layer in current.layers
+        ],
+        "changes": [_change(change, layers, unix_offset_s) for change in changes],
+        "copies": {
+            device.id: sum(len(layer.experts[position]) for layer in current.layers)
+            for position, device in enumerate(current.devices)
+        },
+        "recoveries": [asdict(each) for each in recoveries],
+    }
+
+
+def _change(change: MapChange, layers: Sequence[int], unix_offset_s: float) -> dict[str, Any]:
+    return {
+        "at_s": change.at_s + unix_offset_s,
+        "version": change.version,
+        "reason": change.reason,
+        "copies": [
+            {"device_id": device_id, "layer": layers[index], "expert": expert}
+            for device_id, index, expert in change.copies
+        ],
     }
 
 

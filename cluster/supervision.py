@@ -19,20 +19,30 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.controller import ControllerShell, Counters, Hooks, ShellSettings
 from actors.engine.requests import RequestError
-from actors.fleet import Fleet, Host
+from actors.experts_shell import ExpertHooks, ExpertShellSettings, ExpertsShell
+from actors.fleet import Fleet
+from actors.hosting import Host
 from actors.moving import MoveReport
 from actors.wire import Address, WireError
 from cluster.backend import ControllerStatus
 from cluster.config import MotleyConfig
-from cluster.controller_log import ControllerLog, controller_log_file
+from cluster.controller_log import (
+    ControllerLog,
+    ExpertLog,
+    controller_log_file,
+    expert_log_file,
+)
 from cluster.dispatch import Dispatcher
 from cluster.inventory import find_hosts, find_joined
 from cluster.link_probes import LinkProbes
 from cluster.planning import serving_workload
 from cluster.profile import LOCAL
 from cluster.ray_session import joins_cluster
-from cluster.steering import controller_document, controller_status, cut_of
+from cluster.steering import controller_document, controller_status, cut_of, experts_document
 from placement.controller import Controller
+from placement.sharding.decision import RebalanceSettings
+from placement.sharding.log import ExpertOpening
+from placement.sharding.rebalancer import ExpertRebalancer
 from placement.stages import StagesPlan
 from placement.steering.log import Opening
 from placement.steering.values import (
@@ -61,7 +71,10 @@ class Supervisor:
         plan: StagesPlan,
         fleet: Fleet,
         dispatcher: Dispatcher,
+        expert_settings: RebalanceSettings | None = None,
     ) -> None:
+        """With sharded experts, profile and topology are those of the stages, and
+        `expert_settings` say when experts move."""
         self._config = config
         self._topology = topology
         self._fleet = fleet
@@ -124,6 +137,7 @@ class Supervisor:
             ),
         )
 
+        self._experts = self._experts_shell(expert_settings)
         self._links = LinkProbes(
             self._shell, fleet, topology, config.links, every_s=settings.link_probe_every_s
         )
@@ -136,6 +150,8 @@ class Supervisor:
     def start(self) -> None:
         self._shell.start()
         self._links.start()
+        if self._experts is not None:
+            self._experts.start()
         self._looking = asyncio.create_task(self._look_at_nodes())
 
     async def stop(self) -> None:
@@ -146,15 +162,67 @@ class Supervisor:
         if self._giving_up is not None:
             self._giving_up.cancel()
         await asyncio.to_thread(self._links.stop)
+        if self._experts is not None:
+            await asyncio.to_thread(self._experts.stop)
+            self._expert_log.close()
         await asyncio.to_thread(self._shell.stop)
         self._log.close()
+
+    @property
+    def experts(self) -> ExpertsShell | None:
+        """What cares for sharded experts; None: they are in their stages."""
+        return self._experts
+
+    def _experts_shell(self, settings: RebalanceSettings | None) -> ExpertsShell | None:
+        crew = self._fleet.experts
+        if crew is None or settings is None:
+            return None
+        controller, dispatcher = self._config.controller, self._dispatcher
+        opening = ExpertOpening(map=crew.map, settings=settings)
+        self._expert_log = ExpertLog(expert_log_file(self._config.served_name), opening)
+        return ExpertsShell(
+            crew,
+            ExpertRebalancer(opening.map, opening.settings),
+            ExpertHooks(
+                plan=lambda: self._fleet.plan,
+                steps=self._last_stage_steps,
+                is_node_alive=self._is_node_alive,
+                on_interrupted=partial(self._say, dispatcher.interrupted),
+                on_resumed=partial(self._say, dispatcher.resumed),
+                on_fatal=partial(self._say, dispatcher.fail),
+                on_entry=self._expert_log.write,
+            ),
+            ExpertShellSettings(
+                window_s=controller.window_s,
+                start_timeout_s=self._config.ray.start_timeout_s,
+                silence_s=controller.silence_timeout_s,
+                follows_load=controller.rebalance,
+                phase="decode" if settings.objective == "activated" else "prefill",
+            ),
+        )
+
+    def _last_stage_steps(self) -> int:
+        last = self._fleet.plan.stages[-1].device_id
+        return int(self._dispatcher.stage_reports().get(last, {}).get("steps", 0))
 
     def status(self) -> ControllerStatus:
         return controller_status(self._shell.state)
 
     def document(self) -> dict[str, Any]:
         links = self._links.measured()
-        return controller_document(self._shell.state, self._cuts, links, self._unix_offset_s)
+        shown = controller_document(self._shell.state, self._cuts, links, self._unix_offset_s)
+        if (shell := self._experts) is not None:
+            crew = self._fleet.experts
+            assert crew is not None, "a shell has a crew"
+            shown["experts"] = experts_document(
+                shell.rebalancer,
+                crew.spec.layers,
+                num_maps=shell.num_maps,
+                changes=list(shell.changes),
+                recoveries=list(shell.recoveries),
+                unix_offset_s=self._unix_offset_s,
+            )
+        return shown
 
     async def would_move(self) -> dict[str, object]:
         plan, verdict = await asyncio.to_thread(self._shell.what_if)

@@ -11,8 +11,9 @@ link, and that experts and stages of one device overlap less than perfectly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,10 @@ class ShardsPlan:
     """Of the model without its routed experts."""
     experts: ExpertPlan
     """One layer for each layer with experts, in their order."""
+    devices: tuple[ExpertDevice, ...]
+    """All that the experts were planned over, by node, then id; also those that hold none."""
+    spare_slots: int
+    """Experts for which each device keeps room beside those it holds."""
     expert_layers: tuple[int, ...]
     """The model's layer of each layer of `experts`."""
     device_s: tuple[tuple[str, float], ...]
@@ -58,12 +63,20 @@ class ShardsPlan:
     """The largest of the busiest device, the busiest link and latency / lanes."""
     predicted_tokens_per_s: float
 
+    def num_slots(self, device: ExpertDevice) -> int:
+        """Return for how many experts of any layer a device has room; 0: it holds none."""
+        if not device.slots_per_layer:
+            return 0
+        most = min(device.slots_per_layer, len(self.experts.holdings(0)))
+        return most * len(self.expert_layers) + self.spare_slots
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
         fields = {name: getattr(self, name) for name in self.__slots__}
         return fields | {
             "stages": self.stages.to_json(),
             "experts": self.experts.to_json(),
+            "devices": [asdict(device) for device in self.devices],
             "expert_layers": list(self.expert_layers),
             "device_s": [list(pair) for pair in self.device_s],
         }
@@ -74,6 +87,7 @@ class ShardsPlan:
         fields = dict(value)
         fields["stages"] = StagesPlan.from_json(value["stages"])
         fields["experts"] = ExpertPlan.from_json(value["experts"])
+        fields["devices"] = tuple(ExpertDevice(**device) for device in value["devices"])
         fields["expert_layers"] = tuple(value["expert_layers"])
         fields["device_s"] = tuple((pair[0], pair[1]) for pair in value["device_s"])
         return cls(**fields)
@@ -89,9 +103,11 @@ def plan_shards(
     device_order: DeviceOrder = "free",
     layer_counts: Sequence[int] | None = None,
     expert_load: NDArray[np.float64] | None = None,
+    spare_slots: int = 0,
 ) -> ShardsPlan:
     """Cut the dense part into stages, then spread the experts over the memory that is left.
 
+    Every device keeps room for `spare_slots` experts of any layer, for those on the move.
     `expert_load` [layers with experts, experts]: how often each is chosen, in any unit; None:
     equally often. Experts are balanced by rows, or by activated experts where reading their
     weights outlasts their rows on most of the devices.
@@ -104,7 +120,7 @@ def plan_shards(
     kind = profile.layers[layers[0]]
     stages = plan_stages(
         without_experts(profile),
-        replace(topology, devices=tuple(_measured_without_experts(d) for d in topology.devices)),
+        _topology_without_experts(topology),
         workload=workload,
         headroom_fraction=headroom_fraction,
         objective=objective,
@@ -114,8 +130,12 @@ def plan_shards(
     rows = _rows(kind, len(layers), workload.sequences_per_lane, expert_load)
     # What arrives at a shard and what its experts make of it.
     activation_bytes = ACTIVATION_ROWS * profile.hidden_bytes_per_token * workload.step_tokens
+    # What is not for slots on every device.
+    kept_bytes = spare_slots * expert_weight_bytes(kind)
+    held_bytes = {d.id: activation_bytes + kept_bytes for d in topology.devices}
+    held_bytes |= {stage.device_id: stage.need_bytes + kept_bytes for stage in stages.stages}
     devices = _expert_devices(
-        topology, stages, kind, len(layers), workload, activation_bytes, headroom_fraction
+        topology, stages, kind, len(layers), workload, held_bytes, headroom_fraction
     )
     experts = plan_experts(
         rows,
@@ -124,13 +144,33 @@ def plan_shards(
         objective=_objective(devices, rows),
         num_spread=0,
     )
-    return _assemble(profile, topology, workload, stages, experts, layers)
+    made = _assemble(profile, topology, workload, stages, experts, layers, devices)
+    return replace(made, spare_slots=spare_slots)
 
 
 def without_experts(profile: ModelProfile) -> ModelProfile:
     """Return the model as its stages see it when the routed experts live elsewhere."""
 
     return replace(profile, layers=tuple(_dense(layer) for layer in profile.layers))
+
+
+def topology_of_stages(
+    topology: Topology, expert_bytes: Mapping[str, int], headroom_fraction: float
+) -> Topology:
+    """Return the devices as stages see them: without the memory that is kept for experts.
+
+    `expert_bytes` by device id; what was measured of whole layers holds for their dense part.
+    """
+    dense = _topology_without_experts(topology)
+    devices = []
+    for device in dense.devices:
+        kept_bytes = math.ceil(expert_bytes.get(device.id, 0) / (1.0 - headroom_fraction))
+        devices.append(replace(device, memory_bytes=max(1, device.memory_bytes - kept_bytes)))
+    return replace(dense, devices=tuple(devices))
+
+
+def _topology_without_experts(topology: Topology) -> Topology:
+    return replace(topology, devices=tuple(_measured_without_experts(d) for d in topology.devices))
 
 
 def _dense(layer: LayerCost) -> LayerCost:
@@ -187,7 +227,9 @@ def _routed_share(layer: LayerCost) -> float:
 def _expert_layers(profile: ModelProfile) -> list[int]:
     layers = [index for index, layer in enumerate(profile.layers) if layer.routed_bytes]
     if not layers:
-        raise ValueError(f"{profile.name} has no routed experts; plan its stages alone")
+        raise ValueError(
+            f"{profile.name} has no routed experts; plan its stages alone (plan.experts: stages)"
+        )
     kinds = {(profile.layers[i].num_experts, profile.layers[i].routed_bytes) for i in layers}
     if len(kinds) > 1:
         raise ValueError(
@@ -216,10 +258,9 @@ def _expert_devices(
     kind: LayerCost,
     num_layers: int,
     workload: ServingWorkload,
-    activation_bytes: int,
+    held_bytes: Mapping[str, int],
     headroom_fraction: float,
 ) -> list[ExpertDevice]:
-    held = {stage.device_id: stage.need_bytes for stage in stages.stages}
     expert_bytes = expert_weight_bytes(kind)
     stage_nodes = {stage.node for stage in stages.stages}
     reachable = {
@@ -233,7 +274,7 @@ def _expert_devices(
     devices = []
     for device in topology.devices:
         free_bytes = memory_cap_bytes(device.memory_bytes, headroom_fraction)
-        free_bytes -= held.get(device.id, activation_bytes)
+        free_bytes -= held_bytes[device.id]
         can_hold = device.node in reachable and free_bytes > 0
         slots = free_bytes // (expert_bytes * num_layers) if can_hold else 0
         slowdown = _slowdown(device, kind, workload)
@@ -263,6 +304,7 @@ def _assemble(
     stages: StagesPlan,
     experts: ExpertPlan,
     layers: Sequence[int],
+    devices: Sequence[ExpertDevice],
 ) -> ShardsPlan:
     node_of = {device.id: device.node for device in topology.devices}
     stage_of = {
@@ -283,6 +325,8 @@ def _assemble(
     return ShardsPlan(
         stages=stages,
         experts=experts,
+        devices=tuple(sorted(devices, key=lambda device: (device.node, device.id))),
+        spare_slots=0,
         expert_layers=tuple(layers),
         device_s=tuple(sorted(busy_s.items())),
         message_s=message_s,

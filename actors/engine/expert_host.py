@@ -28,6 +28,8 @@ class ExpertHost:
         self._turn = threading.Lock()
         """Held while a call runs; a version changes only between calls."""
         self._given_up: set[int] = set()
+        self._fetched: set[tuple[int, int]] = set()
+        """(layer, expert) here for a version to come."""
         self._versions: dict[int, Holding] = {}
         self._gradients: dict[tuple[int, int], Weights] = {}
 
@@ -74,6 +76,26 @@ class ExpertHost:
             if version not in self._given_up:
                 with self._turn:
                     self._versions[version] = wanted
+            self._fetched -= wanted
+            self._drop_unused()
+
+    def fetch(self, layer: int, expert: int) -> None:
+        """Load an expert that a version to come names, beside running calls.
+
+        It stays until a version that named it is forgotten, or `release`.
+
+        Raises:
+            ExpertError: It does not exist, or no slot is free.
+            CheckpointError: Its tensors cannot be read.
+        """
+        with self._changing:
+            self._slots.load(layer, expert)
+            self._fetched.add((layer, expert))
+
+    def release(self, layer: int, expert: int) -> None:
+        """Undo `fetch`; what a version has here stays."""
+        with self._changing:
+            self._fetched.discard((layer, expert))
             self._drop_unused()
 
     def retire(self, version: int) -> None:
@@ -155,6 +177,6 @@ class ExpertHost:
 
     def _drop_unused(self) -> None:
         with self._turn:
-            used = frozenset().union(*self._versions.values())
+            used = self._fetched.union(*self._versions.values())
             for layer, expert in self._slots.held - used:
                 self._slots.drop(layer, expert)

@@ -40,8 +40,14 @@ class DeviceClock:
     booked_until_s: float = -math.inf
     """When work that was booked ends."""
 
-    def finish(self, batch: StepBatch, started_s: float, cost: StageCost) -> float:
-        """End the step that began at `started_s`; returns the seconds it occupied the device."""
+    def finish(
+        self, batch: StepBatch, started_s: float, cost: StageCost, *, elsewhere_s: float = 0.0
+    ) -> float:
+        """End the step that began at `started_s`; returns the seconds it occupied the device.
+
+        `elsewhere_s` of it the device has waited for others, which is no work of its own.
+        """
+        started_s += elsewhere_s
         declared_s = cost.step_s(batch.num_tokens, batch.context_tokens, batch.num_head_rows)
         self.predicted_s += declared_s
         if self.is_paced:

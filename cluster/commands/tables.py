@@ -148,8 +148,8 @@ def shards_summary(shards: ShardsPlan) -> Text:
     experts = shards.experts
     busiest = max(shards.device_s, key=lambda pair: pair[1])
     lines = [
-        f"experts sharded over {len(experts.device_ids)} devices (planned only; stages keep their "
-        f"experts when serving): {shards.predicted_tokens_per_s:.1f} tokens/s, "
+        f"experts sharded over {len(experts.device_ids)} devices (with plan.experts: shards): "
+        f"{shards.predicted_tokens_per_s:.1f} tokens/s, "
         f"{shards.latency_s * 1e3:.2f} ms a step of which {shards.message_s * 1e3:.2f} ms messages",
         f"experts balanced by {experts.objective}: {experts.bottleneck_s * 1e3:.3f} ms "
         f"(bound {experts.lower_bound_s * 1e3:.3f} ms, gap {experts.gap:.2%}); busiest device "

@@ -14,7 +14,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.engine.arrays import Array
 from actors.engine.training_values import EMBEDDING_UNIT, TIED_INPUT, Unit
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.weights import Published, WeightHostActor, WeightHostSpec
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.events import HostBytes

@@ -21,7 +21,7 @@ import torch
 
 from actors.engine.schedule import clip_scale, learning_rate
 from actors.engine.training_values import LossScales, MicroBatch
-from actors.fleet import Host
+from actors.hosting import Host
 from cluster.training.checkpoints import CheckpointSaveError
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.events import (

@@ -23,7 +23,7 @@ from actors.engine.export import (
     write_optimizer_state,
 )
 from actors.engine.training_values import EMBEDDING_UNIT, HEAD_UNIT
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.pool_values import PoolDeviceSpec
 from actors.weights import WeightHostSpec
 from cluster.inventory import find_hosts, find_joined

@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.pool_values import PoolDeviceSpec
 from actors.trainer import DeviceActor
 from cluster.training.errors import TrainingError

@@ -16,7 +16,7 @@ from typing import Any
 
 from placement.experts import ExpertDevice, ExpertPlan
 from placement.packing.weights import solve_weights
-from placement.steering.plain import from_plain, to_plain
+from placement.plain import from_plain, to_plain
 
 WEIGHTS_SUM = 1e-6
 """How far an expert's weights may add up to other than 1."""
@@ -86,6 +86,15 @@ class ExpertMap:
             )
         position = self.device_ids.index(device_id)
         return tuple(frozenset(layer.experts[position]) for layer in self.layers)
+
+    def copies(self) -> frozenset[tuple[str, int, int]]:
+        """Return (device, layer, expert) of all that is held."""
+        return frozenset(
+            (device.id, index, expert)
+            for position, device in enumerate(self.devices)
+            for index, layer in enumerate(self.layers)
+            for expert in layer.experts[position]
+        )
 
     def with_layers(self, changed: Mapping[int, LayerMap]) -> ExpertMap:
         """Return the next version, in which these layers are others."""

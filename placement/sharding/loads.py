@@ -131,6 +131,17 @@ class ExpertLoads:
         self.windows[phase].add(layer, rows_E)
 
 
+def choose_summaries(parts: Sequence[LoadSummary], part_L: Sequence[int]) -> LoadSummary:
+    """Join what stages have counted, each of all layers: of layer l that of `parts[part_L[l]]`."""
+    layers = np.arange(len(part_L))
+    return LoadSummary(
+        **{
+            name: np.stack([getattr(part, name) for part in parts])[list(part_L), layers]
+            for name in LoadSummary.__slots__
+        }
+    )
+
+
 def stack_summaries(parts: Sequence[LoadSummary]) -> LoadSummary:
     """Join what stages have counted of their own layers, in the order of the layers."""
     return LoadSummary(

@@ -119,4 +119,25 @@ class HaltExperts:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceMadeGood:
+    """A lost worker, and how long rows waited for its experts."""
+
+    device_id: str
+    seconds: float
+    """From when it was noticed."""
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MapChange:
+    """A map that came into force."""
+
+    at_s: float
+    version: int
+    reason: str
+    copies: tuple[tuple[str, int, int], ...]
+    """(device, layer of the map, expert) of those that the map before had not."""
+
+
 ExpertCommand = Move | Release | UseMap | HaltExperts

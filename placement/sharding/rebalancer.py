@@ -22,6 +22,7 @@ from dataclasses import replace
 from typing import NamedTuple, assert_never
 
 import numpy as np
+from numpy.typing import NDArray
 
 from placement.errors import InfeasiblePlanError
 from placement.experts import ExpertDevice, layer_problems
@@ -104,6 +105,11 @@ class ExpertRebalancer:
         """Copies that the newest map names and no device has yet: rows for them wait."""
         wanted = _copies(self.newest)
         return tuple(sorted(wanted - self._held, key=lambda copy: (copy.piece, copy.device_id)))
+
+    @property
+    def loads(self) -> NDArray[np.float64]:
+        """[L, E] rows a step lately; all alike until some were measured."""
+        return self._rows_LE
 
     @property
     def is_moving(self) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from placement.plain import from_plain, to_plain
 from placement.stages import StagesPlan
-from placement.steering.plain import from_plain, to_plain
 from placement.steering.settings import ControllerSettings
 from placement.steering.values import Command, Event, command_from_json, event_from_json
 from placement.topology import Topology

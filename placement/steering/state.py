@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from placement.plain import to_plain
 from placement.stages import StagesPlan
-from placement.steering.plain import to_plain
 
 Phase = Literal["idle", "moving", "trial", "halted"]
 Outcome = Literal["under way", "done", "on trial", "kept", "rolled back", "failed", "superseded"]

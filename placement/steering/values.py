@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self, get_args
 
+from placement.plain import from_plain, to_plain
 from placement.stages import StagesPlan
-from placement.steering.plain import from_plain, to_plain
 from placement.topology import Device, Link
 
 

@@ -317,6 +317,41 @@ def test_a_version_that_is_forgotten_frees_what_only_it_needed(olmoe: Checkpoint
     assert slots.held == {(0, 0), (0, 1)}
 
 
+def test_an_expert_fetched_for_a_version_to_come_stays_until_it_is_released(
+    olmoe: Checkpoint,
+) -> None:
+    slots = ExpertSlots(olmoe, 3)
+    host = ExpertHost(slots)
+    host.prepare(1, {0: [1]})
+    host.fetch(0, 2)
+    host.fetch(0, 2)
+    host.retire(1)
+    assert slots.held == {(0, 1), (0, 2)}
+
+    with pytest.raises(ExpertError, match="are not here in map version 1"):
+        host.run(1, 0, [(2, 1)], rows(1))
+    host.prepare(2, {0: [2]})
+    host.retire(2)
+    assert slots.held == {(0, 2)}, "the version holds it from now on"
+
+    host.fetch(0, 3)
+    host.release(0, 3)
+    host.release(0, 2)
+    assert slots.held == {(0, 2)}, "what a version has stays"
+
+
+def test_an_expert_that_finds_no_slot_is_not_kept_in_mind(olmoe: Checkpoint) -> None:
+    slots = ExpertSlots(olmoe, 1)
+    host = ExpertHost(slots)
+    host.prepare(1, {0: [1]})
+    with pytest.raises(ExpertError, match="finds all 1 slots taken"):
+        host.fetch(0, 2)
+
+    host.prepare(2, {})
+    host.retire(2)
+    assert slots.held == frozenset()
+
+
 def test_calls_run_while_an_expert_is_read(
     olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -42,6 +42,18 @@ def declared(s_per_token: float) -> StageCost:
     return StageCost(embedding_s_per_token=0.0, layers=((1, layer),), head=None)
 
 
+def test_waiting_for_others_is_neither_work_nor_part_of_the_declared_time() -> None:
+    time_ = FakeTime()
+    clock = device(time_)
+    started_s = time_.now
+    time_.now += 3.0
+
+    occupied_s = clock.finish(batch(4), started_s, declared(1.0), elsewhere_s=2.5)
+
+    assert time_.now == pytest.approx(started_s + 2.5 + 4.0)
+    assert occupied_s == clock.busy_s == pytest.approx(4.0)
+
+
 def batch(tokens: int) -> StepBatch:
     return StepBatch(0, 0, 0, [1] * tokens, [Rows(0, tokens, [0])])
 

@@ -23,7 +23,7 @@ from leftovers import nothing_left_behind
 from safetensors.torch import load_file, save_file
 
 from actors.engine.checkpoint import CheckpointError, UnsupportedArchitectureError
-from actors.fleet import FleetError
+from actors.hosting import FleetError
 from cluster.client import DeadlineExceeded, MotleyClient, Overloaded, Unreachable
 from cluster.config import ConfigError, load_config
 from placement.errors import InfeasiblePlanError

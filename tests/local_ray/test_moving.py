@@ -14,7 +14,7 @@ import pytest
 import ray
 from leftovers import nothing_left_behind
 
-from actors.fleet import FleetError
+from actors.hosting import FleetError
 from actors.moving import MoveReport, move
 from cluster.client import AsyncMotleyClient, Completion
 from cluster.planning import serving_workload

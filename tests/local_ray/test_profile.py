@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from actors.engine.checkpoint import Checkpoint
-from actors.fleet import Host
+from actors.hosting import Host
 from actors.link_timer import ProbeError
 from cluster.cli import app
 from cluster.commands.profile import remarks

@@ -219,3 +219,27 @@ def busy_controller(now_unix_s: float, device_ids: tuple[str, ...] = DEVICES) ->
             ),
         ],
     }  # fmt: skip
+
+
+def sharded_experts(now_unix_s: float, device_ids: tuple[str, ...] = DEVICES) -> dict[str, Any]:
+    """Return what a controller adds whose 12 layers have 32 experts each, one of them hot."""
+    layers = list(range(0, NUM_LAYERS, 3))
+    loads = [[0.5 + (7 * i + 5 * j) % 11 / 10 for j in range(32)] for i in range(len(layers))]
+    replicas = [[1] * 32 for _ in layers]
+    loads[4][9], replicas[4][9] = 6.2, 3
+    new = [{"device_id": device, "layer": layers[4], "expert": 9} for device in device_ids[1:]]
+    return {
+        "version": 7,
+        "reason": "gain 0.12 of the straggler",
+        "is_moving": True,
+        "maps": 2,
+        "layers": layers,
+        "loads": loads,
+        "replicas": replicas,
+        "changes": [
+            {"at_s": now_unix_s - 300, "version": 6, "reason": "weights follow", "copies": []},
+            {"at_s": now_unix_s - 4, "version": 7, "reason": "expert 9 is hot", "copies": new},
+        ],
+        "copies": dict(zip(device_ids, (200, 120, 66), strict=True)),
+        "recoveries": [{"device_id": device_ids[2], "seconds": 0.21, "reason": "it was killed"}],
+    }

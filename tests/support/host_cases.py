@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,11 +37,13 @@ def staged(hosts: Network, *layer_counts: int, **sections: Any) -> dict[str, Any
     } | sections
 
 
-def in_one_process(texts: Sequence[str], num_new: int) -> list[Expected]:
+def in_one_process(
+    texts: Sequence[str], num_new: int, checkpoint: Path = CHECKPOINT
+) -> list[Expected]:
     """Return what transformers generates greedily, the end-of-text token left out of the draw."""
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(CHECKPOINT)
-    model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     return [generate(model, tokenizer.encode(text), num_new) for text in texts]

@@ -15,7 +15,7 @@ import pytest
 import pytest_asyncio
 import tokenizers
 from chromium import NAMES, Browser, Page, browser, find_chromium
-from dashboard_backend import DEVICES, HomeLab, busy_controller, serving_plan
+from dashboard_backend import DEVICES, HomeLab, busy_controller, serving_plan, sharded_experts
 from tokenizers import models
 
 from cluster.gateway.server import GatewayHandle, serve
@@ -140,6 +140,38 @@ async def check_stages(page: Page) -> None:
     assert "old-phone stays out: " in await page.text("#left-out")
 
 
+PIXELS = """(() => {
+    const c = document.querySelector('#heat');
+    const all = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+    const at = (x, y) => [...all.slice(4 * (y * c.width + x), 4 * (y * c.width + x) + 4)].join(' ');
+    return [c.width, c.height, at(9 * 12 + 5, 4 * 12 + 5), at(5, 5), at(9 * 12 + 1, 4 * 12 + 5)];
+})()"""
+"""Of the map: its size, and a dot of the hot expert, of a cool one and of the frame."""
+
+
+async def test_experts_are_a_map_of_heat_where_they_are_sharded(page: Page) -> None:
+    controller = busy_controller(now_unix_s())
+    lab = HomeLab(controller=controller)
+    async with gateway(lab) as running:
+        await page.go(f"{running.http_url}/#token={TOKEN}")
+        await page.until(SERVING)
+        assert await page.evaluate("document.querySelector('#experts-card').hidden")
+
+        lab.controller = controller | {"experts": sharded_experts(now_unix_s())}
+        await page.until("!document.querySelector('#experts-card').hidden")
+        shown = await page.text("#experts-card")
+        assert "moving map 7 rtx4090 holds 200" in shown
+        assert "the busiest is expert 9 of layer 12 with 6.2 times the mean" in shown
+        assert "on 3 devices" in shown
+        assert "m2-laptop was lost; its experts were served again after 0.21 s" in shown
+        assert "2 expert 9 is hot" in await page.text("#maps tbody tr:nth-child(1)")
+        # Twelve rows of 32 cells, twelve dots wide each.
+        width, height, hot, cool, framed = await page.evaluate(PIXELS)
+        assert (width, height) == (32 * 12, 12 * 12)
+        assert len({hot, cool, framed}) == 3
+        assert page.errors == []
+
+
 async def test_a_reload_needs_no_new_link(page: Page) -> None:
     async with gateway(HomeLab()) as running:
         await page.go(f"{running.http_url}/#token={TOKEN}")
@@ -199,6 +231,9 @@ async def test_names_from_the_server_are_text_and_never_markup(page: Page) -> No
     for move in controller["moves"]:
         move["reason"] = move["outcome"] = HOSTILE
     controller["phase"] = controller["reason"] = HOSTILE
+    experts = sharded_experts(now_unix_s(), ids)
+    experts["reason"] = experts["changes"][0]["reason"] = HOSTILE
+    controller["experts"] = experts
     train(HOSTILE, reason=HOSTILE, idle_fractions={HOSTILE: 0.5})
     lab = HomeLab(serving_plan(ids, HOSTILE), controller=controller)
     async with gateway(lab) as running:
@@ -206,7 +241,7 @@ async def test_names_from_the_server_are_text_and_never_markup(page: Page) -> No
         await page.until(SERVING)
         await page.until(RATES)
 
-        for part in ("#model", "#stages", "#nodes", "#controller", "#runs"):
+        for part in ("#model", "#stages", "#nodes", "#controller", "#runs", "#experts", "#maps"):
             assert HOSTILE in await page.text(part)
         assert await page.evaluate("document.querySelectorAll('img, main script').length") == 0
         assert await page.evaluate("window.hacked") is None
@@ -239,7 +274,8 @@ async def test_it_fits_any_screen_and_everything_has_a_name(
         "Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}]
     )
     train()
-    async with gateway(HomeLab(controller=busy_controller(now_unix_s()))) as running:
+    controller = busy_controller(now_unix_s()) | {"experts": sharded_experts(now_unix_s())}
+    async with gateway(HomeLab(controller=controller)) as running:
         await page.go(f"{running.http_url}/#token={TOKEN}")
         await page.until(SERVING)
 

@@ -19,7 +19,7 @@ import ray
 from leftovers import nothing_left_behind
 from soaking import SECONDS, Fault, Missed, Soak
 
-from actors.fleet import FleetError
+from actors.hosting import FleetError
 from actors.losses import Member
 from cluster.config import MotleyConfig
 from tests.local_ray.conftest import Served, serving

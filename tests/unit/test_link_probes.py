@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from actors.fleet import Host
+from actors.hosting import Host
 from cluster.config import LinkSpec
 from cluster.link_probes import name_among, timed_pairs
 from placement.topology import GIGABIT, Device, LinkRate, Topology

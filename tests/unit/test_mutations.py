@@ -91,6 +91,10 @@ STAGE_REPORT = {
     "stage": "gpu0", "active": True, "loaded_fraction": 1.0, "busy_s": 0.5, "steps": 3,
     "late_s": 0.0, "link_bytes": 640,
 }  # fmt: skip
+EXPERTS_REPORT = {
+    "experts": "gpu0", "versions": [3], "busy_s": 0.5, "predicted_s": 0.4, "calls": 7,
+    "late_s": 0.0, "link_bytes": 640,
+}  # fmt: skip
 LANE_REPORT = {
     "lane": 0, "link_bytes": 1, "adapter_switch_s": 0.0, "running": 1, "waiting": 0,
     "blocks_in_use": 2, "num_blocks": 8, "preemptions": 0, "prefix_hit_tokens": 0, "steps": 4,
@@ -160,11 +164,11 @@ def test_requests() -> None:
 
 
 def test_what_the_gateway_hears() -> None:
-    kinds = [wire.OUTPUTS, wire.REPORT, wire.REPORT]
-    values = [[0, [OUTPUT.to_wire()]], STAGE_REPORT, LANE_REPORT]
+    values = [[0, [OUTPUT.to_wire()]], STAGE_REPORT, LANE_REPORT, EXPERTS_REPORT]
+    kinds = [wire.OUTPUTS] + [wire.REPORT] * 3
     messages = packed("heard", values)
     assert len(messages) == COUNTS["heard"]
-    heard = [[kinds[number % 3], message] for number, message in enumerate(messages)]
+    heard = [[kinds[number % 4], message] for number, message in enumerate(messages)]
 
     assert 0 < refused(take_message, heard, ValueError) < len(messages)
 

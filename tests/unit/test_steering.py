@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 
-from cluster.steering import controller_document, controller_status
+from cluster.steering import controller_document, controller_status, experts_document
+from placement.experts import ExpertDevice
+from placement.sharding.decision import RebalanceSettings
+from placement.sharding.expert_map import ExpertMap, weighted_layer
+from placement.sharding.rebalance_values import DeviceMadeGood, MapChange
+from placement.sharding.rebalancer import ExpertRebalancer
 from placement.steering.state import ControllerState, MoveRecord, Outcome
 from placement.topology import Link
 
@@ -60,3 +65,43 @@ def test_links_are_shown_as_they_were_measured() -> None:
             "latency_s": 0.001,
         }
     ]  # fmt: skip
+
+
+def test_what_is_told_of_sharded_experts() -> None:
+    devices = tuple(
+        ExpertDevice(id=name, node="n", rows_per_s=1.0, slots_per_layer=2) for name in "ab"
+    )
+    layer = weighted_layer([frozenset({0, 1}), frozenset({1})], [1.0, 1.0], [1.0, 1.0])
+    made = ExpertMap(
+        version=4, checkpoint="c", num_experts=2, devices=devices, layers=(layer, layer)
+    )
+    settings = RebalanceSettings(expert_bytes=1, copy_bytes_per_s=1.0, step_budget_bytes=1)
+    past = DeviceMadeGood(device_id="b", seconds=0.5, reason="it was lost")
+
+    change = MapChange(at_s=2.0, version=4, reason="skewed", copies=(("a", 1, 0),))
+
+    told = experts_document(
+        ExpertRebalancer(made, settings), (1, 3), num_maps=3, changes=[change], recoveries=[past],
+        unix_offset_s=1000.0,
+    )  # fmt: skip
+    document = json.loads(json.dumps(told))
+
+    assert document == {
+        "version": 4,
+        "reason": "",
+        "is_moving": False,
+        "maps": 3,
+        "copies": {"a": 4, "b": 2},
+        "layers": [1, 3],
+        "loads": [[1.0, 1.0], [1.0, 1.0]],
+        "replicas": [[1, 2], [1, 2]],
+        "changes": [
+            {
+                "at_s": 1002.0,
+                "version": 4,
+                "reason": "skewed",
+                "copies": [{"device_id": "a", "layer": 3, "expert": 0}],
+            }
+        ],
+        "recoveries": [{"device_id": "b", "seconds": 0.5, "reason": "it was lost"}],
+    }

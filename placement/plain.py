@@ -1,7 +1,7 @@
 """Frozen dataclasses to plain JSON values and back, by their annotations.
 
-Covers what steering values are made of: numbers, text, None, tuples, mappings by text, unions with
-None, and dataclasses of these.
+Covers what events and commands are made of: numbers, text, None, tuples, arrays of numbers,
+mappings by text, unions with None, and dataclasses of these.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 T = TypeVar("T")
 
@@ -24,7 +26,7 @@ def to_plain(value: object) -> Any:
         return {key: to_plain(part) for key, part in value.items()}
     if isinstance(value, tuple | list):
         return [to_plain(part) for part in value]
-    return value
+    return value.tolist() if isinstance(value, np.ndarray) else value
 
 
 def from_plain(kind: type[T], value: object) -> T:
@@ -44,6 +46,8 @@ def _build(kind: Any, value: object, at: str) -> Any:
             return None
         [inner] = [argument for argument in arguments if argument is not NoneType]
         return _build(inner, value, at)
+    if origin is np.ndarray:
+        return _build_array(get_args(arguments[1])[0], value, at)
     if origin is tuple:
         return _build_tuple(arguments, value, at)
     if origin is not None and _is_mapping(origin):
@@ -70,6 +74,18 @@ def _build_tuple(arguments: tuple[Any, ...], value: object, at: str) -> tuple[An
         _build(kind, part, f"{at}[{index}]")
         for index, (kind, part) in enumerate(zip(kinds, value, strict=True))
     )
+
+
+def _build_array(dtype: Any, value: object, at: str) -> Any:
+    built = None
+    if isinstance(value, list):
+        try:
+            built = np.array(value)
+        except ValueError:  # its rows are of unequal length
+            built = None
+    if built is None or not np.can_cast(built.dtype, dtype, "same_kind"):
+        raise ValueError(f"{at} is no array of {np.dtype(dtype).name}")
+    return built.astype(dtype)
 
 
 def _build_dataclass(kind: Any, value: object, at: str) -> Any:

@@ -1,0 +1,99 @@
+"""A stage's side of sharded experts: its links to them, the map in force, and what it has counted.
+
+Knows no Ray.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from actors import wire
+from actors.engine.batch import StepBatch
+from actors.expert_links import ExpertLinks, Patience
+from actors.expert_routes import MapRoutes
+from placement.sharding.division import RowDivision
+from placement.sharding.expert_map import ExpertMap
+from placement.sharding.loads import ExpertLoads, LoadSummary, Phase
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertAccess:
+    """How the stages of a node reach experts that are elsewhere."""
+
+    fingerprint: str
+    """Of the checkpoint."""
+    layers: tuple[int, ...]
+    """The model's layers with experts."""
+    num_experts: int
+    """Of each."""
+    node: str
+    """The stages'."""
+    latency_s: Mapping[str, float] = field(default_factory=dict)
+    """By other node: a message there and back."""
+    patience: Patience = field(default_factory=Patience)
+
+
+class StageExperts:
+    """`links` runs rows from the stage's thread; everything else may come from any."""
+
+    def __init__(
+        self,
+        access: ExpertAccess,
+        name: str,
+        keys: wire.WireKeys,
+        *,
+        host: str,
+        beside: wire.Address,
+    ) -> None:
+        """`name`, `host` and `beside` are for the inbox that workers answer to."""
+        self._access = access
+        self._index = {layer: index for index, layer in enumerate(access.layers)}
+        self._loads = ExpertLoads(len(access.layers), access.num_experts)
+        self._counting = threading.Lock()
+        self._phase: Phase = "prefill"
+        self._version = -1
+        self._using = threading.Lock()
+        """Held while the map changes."""
+        self.links = ExpertLinks(
+            name,
+            keys,
+            access.fingerprint,
+            host=host,
+            beside=beside,
+            patience=access.patience,
+            on_rows=self._count,
+        )
+
+    def begin_step(self, batch: StepBatch) -> float:
+        """Note what kind of step begins; returns `links.waited_s` of before."""
+        is_decode = all(rows.length == 1 for rows in batch.rows)
+        self._phase = "decode" if is_decode else "prefill"
+        return self.links.waited_s
+
+    def use(self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float) -> bool:
+        """Divide rows by this map from the next call on; one older than that in force is ignored.
+
+        Returns whether no call runs by the map before any more, for which it waits so long.
+        """
+        access = self._access
+        with self._using:
+            if current.version <= self._version:
+                return True
+            division = RowDivision(current, access.node, access.latency_s)
+            self.links.use(MapRoutes(division, access.layers, workers))
+            self._version = current.version
+        return self.links.settle(settle_s)
+
+    def loads(self) -> dict[Phase, LoadSummary]:
+        """Return what the windows show, of all layers with experts: of those that run elsewhere
+        no step."""
+        with self._counting:
+            return {phase: window.summary() for phase, window in self._loads.windows.items()}
+
+    def _count(self, layer: int, counts_E: Sequence[int]) -> None:
+        with self._counting:
+            self._loads.add(self._phase, self._index[layer], np.array(counts_E, dtype=np.int64))

@@ -1,0 +1,82 @@
+"""From a plan of expert shards to what their workers and stages are started with."""
+
+from __future__ import annotations
+
+from actors.engine.checkpoint import Checkpoint
+from actors.engine.fingerprint import expert_fingerprint
+from actors.expert_crew import CrewSpec
+from actors.expert_links import Patience
+from actors.stage_experts import ExpertAccess
+from cluster.config import MotleyConfig
+from placement.costs import expert_weight_bytes
+from placement.sharding.decision import RebalanceSettings
+from placement.sharding.expert_map import ExpertMap
+from placement.shards import ShardsPlan
+from placement.topology import Topology
+from placement.workload import ModelProfile
+
+_READ_BYTES_PER_S = 500e6
+"""At which a device reads experts from its node's copy of the checkpoint: a common SSD."""
+
+
+def crew_spec(
+    config: MotleyConfig,
+    checkpoint: Checkpoint,
+    profile: ModelProfile,
+    topology: Topology,
+    shards: ShardsPlan,
+) -> CrewSpec:
+    """Return what expert workers are started with.
+
+    Args:
+        profile: Of the whole model.
+        topology: The whole devices.
+    """
+    fingerprint = expert_fingerprint(checkpoint)
+    made = ExpertMap.from_plan(shards.experts, shards.devices, checkpoint=fingerprint)
+    # A lane gives a step up first, and says which knob it is.
+    longest_s = config.engine.step_timeout_s
+    nodes = {device.node for device in topology.devices}
+    return CrewSpec(
+        model=str(checkpoint.path),
+        profile=profile,
+        engine=config.engine,
+        devices={device.id: device for device in topology.devices},
+        num_slots={device.id: shards.num_slots(device) for device in shards.devices},
+        layers=shards.expert_layers,
+        map=made,
+        access={
+            node: ExpertAccess(
+                fingerprint=fingerprint,
+                layers=shards.expert_layers,
+                num_experts=made.num_experts,
+                node=node,
+                latency_s=_latencies_s(topology, node, nodes - {node}),
+                patience=Patience(answer_s=longest_s, reroute_s=longest_s),
+            )
+            for node in nodes
+        },
+    )
+
+
+def rebalance_settings(
+    config: MotleyConfig, profile: ModelProfile, shards: ShardsPlan
+) -> RebalanceSettings:
+    """Return when experts move, and how fast; `profile` of the whole model."""
+    return RebalanceSettings(
+        expert_bytes=expert_weight_bytes(profile.layers[shards.expert_layers[0]]),
+        copy_bytes_per_s=_READ_BYTES_PER_S,
+        step_budget_bytes=config.controller.expert_step_bytes,
+        staging_slots=config.plan.spare_experts,
+        objective="activated" if shards.experts.objective == "activated" else "rows",
+    )
+
+
+def _latencies_s(topology: Topology, node: str, others: set[str]) -> dict[str, float]:
+    """Return a message there and back, by node; one that is not reached holds no experts."""
+    rates = {other: (topology.rate(node, other), topology.rate(other, node)) for other in others}
+    return {
+        other: there.latency_s + back.latency_s
+        for other, (there, back) in rates.items()
+        if there is not None and back is not None
+    }

@@ -1,0 +1,308 @@
+"""Experts of a deployment on devices of their own: tokens do not depend on where they are."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from identity import check_identical
+from leftovers import nothing_left_behind
+
+from actors.engine.requests import Request, SamplingParams
+from actors.experts_shell import ExpertsShell
+from actors.losses import Member
+from cluster.controller_log import expert_log_file, read_expert_log
+from placement.sharding.expert_map import ExpertMap
+from placement.sharding.loads import LoadSummary
+from placement.sharding.log import replay
+from placement.sharding.rebalance_values import LoadsMeasured, MapInForce, RebalanceRequested
+from tests.local_ray.conftest import Served, make_config, serving
+from tests.local_ray.test_serving_identity import NUM_NEW, TEXTS, reference
+
+MODEL = "tiny-qwen3-moe"
+MIB = 2**20
+NUM_ROUNDS, TIMES = 4, 7
+"""Of eight prompts each: more than 200 requests."""
+SPEEDS = (4e9, 1e9, 2.5e9, 1.2e9)
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def devices(*memory_bytes: int, speeds: tuple[float, ...] = SPEEDS) -> list[dict[str, Any]]:
+    """Of unequal speed, so that the plan divides experts unequally."""
+    return [
+        {
+            "id": f"cpu{i}",
+            "kind": "cpu",
+            "flops_per_s": speeds[i],
+            "memory_bytes_per_s": speeds[i],
+            "memory_bytes": memory,
+        }
+        for i, memory in enumerate(memory_bytes)
+    ]
+
+
+def shard_config(
+    checkpoints: Path,
+    layer_counts: tuple[int, ...],
+    memory: tuple[int, ...],
+    speeds: tuple[float, ...] = SPEEDS,
+    **changes: Any,
+) -> Any:
+    return make_config(
+        checkpoints / MODEL,
+        layer_counts,
+        devices=devices(*memory, speeds=speeds),
+        plan={"experts": "shards", "sequences_per_lane": 4} | changes.pop("plan", {}),
+        **changes,
+    )
+
+
+LAYOUTS = {
+    "1 device": ((6,), (64 * MIB,)),
+    "2 devices": ((4, 2), (20 * MIB, 16 * MIB)),
+    "4 devices": ((2, 0, 4, 0), (20 * MIB, 8 * MIB, 24 * MIB, 12 * MIB)),
+}
+GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW)
+SAMPLED = SamplingParams(temperature=0.9, top_p=0.9, seed=11, max_tokens=48, ignore_eos=True)
+
+
+async def collect(dispatcher: Any, request: Request) -> dict[int, list[int]]:
+    tokens: dict[int, list[int]] = {i: [] for i in range(request.n)}
+    async for output in dispatcher.generate(request):
+        assert output.error == ""
+        tokens[output.index] += output.tokens
+    return tokens
+
+
+async def ask_all(
+    served: Served, sampling: SamplingParams, *, name: str = "r", times: int = 1
+) -> list[dict[int, list[int]]]:
+    dispatcher = served.running.dispatcher
+    prompts = [served.running.tokenizer.encode(text) for text in TEXTS]
+    requests = [
+        Request(id=f"{name}-{k}-{i}", prompt=prompt, sampling=sampling, n=1 + i % 2)
+        for k in range(times)
+        for i, prompt in enumerate(prompts)
+    ]
+    return list(await asyncio.gather(*(collect(dispatcher, request) for request in requests)))
+
+
+@pytest.fixture(scope="module")
+def sampled(serve_model: Callable[..., Served], checkpoints: Path) -> list[dict[int, list[int]]]:
+    """What a deployment with its experts in stages draws."""
+    served = serve_model(checkpoints / MODEL, (4, 2))
+    return served.call(ask_all(served, SAMPLED))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tokens_are_those_of_stages_with_their_experts(
+    layout: str, sampled: list[dict[int, list[int]]], ray_session: None, checkpoints: Path
+) -> None:
+    counts, memory = LAYOUTS[layout]
+    with nothing_left_behind(), serving(shard_config(checkpoints, counts, memory)) as served:
+        crew = served.running.fleet.experts
+        assert crew is not None
+        copies = [len(held) for layer in crew.map.layers for held in layer.experts]
+        assert len(crew.map.devices) == len(counts)
+        if len(counts) > 1:
+            assert sum(copies) > 6 * 16, "some experts have replicas"
+            assert max(copies) > min(copies)
+        prompts = [served.running.tokenizer.encode(text) for text in TEXTS]
+
+        greedy = served.call(ask_all(served, GREEDY, name="greedy"))
+        drawn = served.call(ask_all(served, SAMPLED, name="sampled"))
+
+        check_identical(reference(checkpoints / MODEL, prompts), [tokens[0] for tokens in greedy])
+        assert drawn == sampled
+        served.wait_until_idle()
+
+
+# --- losses -----------------------------------------------------------------------------------
+
+LONG = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=200, ignore_eos=True)
+LOSSES = {
+    "with replicas": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu1"),
+    "on the first stage's device": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu0"),
+    "without replicas": ((4, 2, 0), (40 * MIB, 40 * MIB, 12 * MIB), (2e9, 1e9, 1e9), "cpu2"),
+    "of all experts": ((6,), (64 * MIB,), (1e9,), "cpu0"),
+}
+
+
+def kill(member: Member, number: signal.Signals = signal.SIGKILL) -> None:
+    pid = ray.get(member.actor.__ray_call__.remote(lambda _: os.getpid()))
+    os.kill(pid, number)
+
+
+def shell_of(served: Served) -> ExpertsShell:
+    shell = served.running.supervisor.experts
+    assert shell is not None
+    return shell
+
+
+def num_without_replica(current: ExpertMap, device_id: str) -> int:
+    """Experts of all layers that this device alone holds."""
+    held = [current.held(other) for other in current.device_ids if other != device_id]
+    return sum(
+        len(own.difference(*(layers[index] for layers in held)))
+        for index, own in enumerate(current.held(device_id))
+    )
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_requests_go_on_when_a_worker_is_killed(
+    case: str, ray_session: None, checkpoints: Path
+) -> None:
+    counts, memory, speeds, device_id = LOSSES[case]
+    with (
+        nothing_left_behind(),
+        serving(shard_config(checkpoints, counts, memory, speeds)) as served,
+    ):
+        crew = served.running.fleet.experts
+        assert crew is not None
+        shell = shell_of(served)
+        alone = num_without_replica(crew.map, device_id)
+        assert (alone == 0) == (case in list(LOSSES)[:2])
+        expected = served.call(ask_all(served, LONG))
+        version = crew.map.version
+        calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+
+        kill(crew.members[device_id])
+        killed_s = time.monotonic()
+        served.wait_until(lambda _: len(shell.recoveries) == 1)
+        known_s = time.monotonic() - killed_s
+
+        assert calls.result(120.0) == expected
+        [recovery] = shell.recoveries
+        sys.stdout.write(
+            f"{case}: {alone} experts that only {device_id} held; served again "
+            f"{recovery.seconds:.2f} s after the loss was noticed, {known_s:.2f} s after the kill "
+            "(to 0.05 s)\n"
+        )
+        assert recovery.device_id == device_id
+        assert crew.map.version > version
+        served.wait_until(lambda status: status.ready)
+        served.wait_until(lambda _: device_id in crew.map.device_ids)
+        assert served.call(ask_all(served, LONG, name="later")) == expected
+        told = served.running.supervisor.document()["experts"]
+        assert set(told["copies"]) == set(crew.map.device_ids)
+        assert [each["device_id"] for each in told["recoveries"]] == [device_id]
+        served.wait_until_idle()
+
+
+def test_requests_go_on_when_a_worker_hangs(ray_session: None, checkpoints: Path) -> None:
+    silence_s = 2.0
+    counts, memory, speeds, device_id = LOSSES["with replicas"]
+    controller = {"silence_timeout_s": silence_s}
+    config = shard_config(checkpoints, counts, memory, speeds, controller=controller)
+    with nothing_left_behind(), serving(config) as served:
+        crew, shell = served.running.fleet.experts, shell_of(served)
+        assert crew is not None
+        expected = served.call(ask_all(served, LONG))
+        calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+
+        kill(crew.members[device_id], signal.SIGSTOP)
+
+        assert calls.result(120.0) == expected
+        assert [each.device_id for each in shell.recoveries] == [device_id]
+        served.wait_until(lambda _: device_id in crew.map.device_ids)
+        served.wait_until_idle()
+
+
+def test_requests_go_on_when_a_stage_and_a_worker_are_killed_at_once(
+    ray_session: None, checkpoints: Path
+) -> None:
+    config = shard_config(checkpoints, (4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9))
+    with nothing_left_behind(), serving(config) as served:
+        fleet, shell = served.running.fleet, shell_of(served)
+        assert fleet.experts is not None
+        expected = served.call(ask_all(served, LONG))
+        calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+
+        for member in (fleet.stages["cpu1"], fleet.experts.members["cpu0"]):
+            kill(member)
+
+        assert calls.result(120.0) == expected
+        assert len(shell.recoveries) == 1
+        served.wait_until(lambda status: status.ready and status.epoch == 1)
+        served.wait_until_idle()
+
+
+# --- moving -----------------------------------------------------------------------------------
+
+
+def hot(num_layers: int, num_experts: int, first: int) -> LoadSummary:
+    """Loads of which nearly all go to a quarter of the experts."""
+    rows_LE = np.full((num_layers, num_experts), 0.05)
+    for i in range(num_experts // 4):
+        rows_LE[:, (first + i) % num_experts] = 3.0
+    steps_L = np.full(num_layers, 1000)
+    return LoadSummary(
+        steps_L=steps_L,
+        mean_rows_LE=rows_LE,
+        recent_rows_LE=rows_LE,
+        recent_steps_L=steps_L,
+        drift_L=np.ones(num_layers),
+    )
+
+
+def parted(
+    got: list[dict[int, list[int]]], wanted: list[dict[int, list[int]]]
+) -> list[tuple[int, int, int, list[int]]]:
+    """Return (request, choice, first token that differs, and what follows) of each that does."""
+    found = []
+    for request, (mine, theirs) in enumerate(zip(got, wanted, strict=True)):
+        for choice, tokens in mine.items():
+            pairs = zip(tokens, theirs[choice], strict=True)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+            if at is not None:
+                found.append((request, choice, at, tokens[at : at + 4]))
+    return found
+
+
+def test_tokens_stay_while_experts_move_all_the_time(
+    ray_session: None, checkpoints: Path, sampled: list[dict[int, list[int]]]
+) -> None:
+    config = shard_config(
+        checkpoints,
+        (4, 2, 0),
+        (17 * MIB, 14 * MIB, 9 * MIB),
+        controller={"rebalance": False, "expert_step_bytes": 200_000},
+    )
+    with nothing_left_behind(), serving(config) as served:
+        crew, shell = served.running.fleet.experts, shell_of(served)
+        assert crew is not None
+        begun, rounds = crew.map, 0
+        for _ in range(NUM_ROUNDS):
+            calls = served.start(ask_all(served, SAMPLED, name=f"round-{rounds}", times=TIMES))
+            while not calls.done():
+                rounds += 1
+                shell.tell(RebalanceRequested())
+                shell.tell(LoadsMeasured(summary=hot(6, 16, 4 * rounds)))
+                time.sleep(0.2)
+            assert parted(calls.result(), sampled * TIMES) == []
+
+        file = expert_log_file(served.running.dispatcher.model_info().name)
+        moved = sum(old != new for old, new in zip(begun.layers, crew.map.layers, strict=True))
+        sys.stdout.write(f"{shell.num_maps} maps came into force, {moved} layers differ\n")
+        assert shell.num_maps > 10
+        assert not shell.recoveries
+        for device_id, worker in crew.members.items():
+            assert ray.get(worker.actor.versions.remote())[-1] == crew.map.version, device_id
+        served.wait_until_idle()
+    opening, entries = read_expert_log(file)
+    assert opening.map == begun
+    assert sum(isinstance(entry.event, MapInForce) for entry in entries) == shell.num_maps
+    assert replay(opening, entries) == ""
