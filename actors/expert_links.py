@@ -107,8 +107,9 @@ class ExpertLinks:
         on_failure: Callable[[ExpertError], None] = lambda _: None,
         on_rows: Callable[[int, Sequence[int]], None] = lambda _layer, _counts_E: None,
     ) -> None:
-        """`host` and `beside` are its inbox's; `own` are experts in this process by device. `on_failure` may call `use`; `on_rows` is
-        told the layer and the rows of each expert, once a call."""
+        """`host` and `beside` are its inbox's; `own` are experts in this process by device.
+        `on_failure` may call `use`; `on_rows` is told the layer and the rows of each expert, once a
+        call."""
         self._keys = keys
         self._fingerprint = fingerprint
         self._own = own or {}
