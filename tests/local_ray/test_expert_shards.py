@@ -129,7 +129,7 @@ def test_tokens_are_those_of_stages_with_their_experts(
 
 # --- losses -----------------------------------------------------------------------------------
 
-LONG = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=200, ignore_eos=True)
+LONG = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=96, ignore_eos=True)
 LOSSES = {
     "with replicas": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu1"),
     "on the first stage's device": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu0"),
