@@ -123,6 +123,9 @@ class PlanSettings(_Settings):
     spare_experts: int = Field(4, ge=1, le=4096)
     """Of shards: experts for which each device keeps room beside those it holds, so that experts
     can move while it serves."""
+    spread_experts: int = Field(4, ge=0, le=4096)
+    """Of shards: the hottest experts of each layer that are held on two nodes, where there is room:
+    when a node is lost, their rows do not wait for anything to be read."""
 
     @property
     def most_lanes(self) -> int:

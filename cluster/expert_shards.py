@@ -68,6 +68,7 @@ def rebalance_settings(
         copy_bytes_per_s=_READ_BYTES_PER_S,
         step_budget_bytes=config.controller.expert_step_bytes,
         staging_slots=config.plan.spare_experts,
+        num_spread=config.plan.spread_experts,
         objective="activated" if shards.experts.objective == "activated" else "rows",
     )
 

@@ -104,10 +104,12 @@ def plan_shards(
     layer_counts: Sequence[int] | None = None,
     expert_load: NDArray[np.float64] | None = None,
     spare_slots: int = 0,
+    num_spread: int = 0,
 ) -> ShardsPlan:
     """Cut the dense part into stages, then spread the experts over the memory that is left.
 
-    Every device keeps room for `spare_slots` experts of any layer, for those on the move.
+    Every device keeps room for `spare_slots` experts of any layer, for those on the move. The
+    `num_spread` hottest experts of a layer are held on two nodes while slots allow.
     `expert_load` [layers with experts, experts]: how often each is chosen, in any unit; None:
     equally often. Experts are balanced by rows, or by activated experts where reading their
     weights outlasts their rows on most of the devices.
@@ -142,7 +144,7 @@ def plan_shards(
         devices,
         expert_bytes=expert_weight_bytes(kind),
         objective=_objective(devices, rows),
-        num_spread=0,
+        num_spread=num_spread,
     )
     made = _assemble(profile, topology, workload, stages, experts, layers, devices)
     return replace(made, spare_slots=spare_slots)

@@ -17,7 +17,14 @@ CHECKPOINTS = Path(__file__).resolve().parents[2] / "deploy" / "checkpoints"
 MOE = CHECKPOINTS / "tiny-qwen3-moe"
 
 
-def config_of(model: Path = MOE, *, kind: str = "paced", memory: int = 2**31, **plan: Any) -> Any:
+def config_of(
+    model: Path = MOE,
+    *,
+    kind: str = "paced",
+    memory: int = 2**31,
+    nodes: str = "",
+    **plan: Any,
+) -> Any:
     devices = [
         {
             "id": f"d{i}",
@@ -26,9 +33,16 @@ def config_of(model: Path = MOE, *, kind: str = "paced", memory: int = 2**31, **
             "memory_bytes_per_s": 1e9,
             "memory_bytes": memory,
         }
+        | ({"node": nodes[i]} if nodes else {})
         for i in range(3)
     ]
-    tree = {"model": str(model), "devices": devices, "plan": {"experts": "shards"} | plan}
+    link = {"source_node": "a", "target_node": "b", "bandwidth_bytes_per_s": 1e8, "latency_s": 1e-3}
+    tree = {
+        "model": str(model),
+        "devices": devices,
+        "links": [link] if nodes else [],
+        "plan": {"experts": "shards"} | plan,
+    }
     return MotleyConfig.model_validate(tree)
 
 
@@ -63,6 +77,24 @@ def test_a_device_without_layers_holds_experts() -> None:
     assert [stage.device_id for stage in served.stages.stages] == ["d0"]
     assert served.shards is not None
     assert served.shards.experts.device_ids == ("d0", "d1", "d2")
+
+
+@pytest.mark.parametrize(("num_spread", "on_two_nodes"), [(0, 0), (4, 4)])
+def test_the_hottest_experts_are_held_on_two_nodes(num_spread: int, on_two_nodes: int) -> None:
+    config = config_of(
+        memory=14 * 2**20, nodes="aab", context_tokens=64, lanes=1, spread_experts=num_spread
+    )
+    shards = plan_serving(config, profile_of(config), declared_topology(config)).shards
+    assert shards is not None
+
+    node_of = {device.id: device.node for device in shards.devices}
+    for layer, placed in enumerate(shards.experts.layers):
+        assert placed.not_spread == ()
+        nodes = [
+            {node_of[holding.device_id] for holding in held}
+            for held in shards.experts.holdings(layer)
+        ]
+        assert [len(each) for each in nodes].count(2) == on_two_nodes
 
 
 def test_nothing_changes_where_experts_stay_in_their_stages() -> None:
