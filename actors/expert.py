@@ -45,6 +45,8 @@ class ExpertSpec:
     profile: ModelProfile
     num_slots: int
     """Experts that the device has room for at once, over all layers and versions of the map."""
+    num_guests: int = 0
+    """Of these, guests (see `ExpertHost`)."""
     version: int
     experts: Mapping[int, tuple[int, ...]]
     """Of that version of the expert map, by layer."""
@@ -158,6 +160,7 @@ class ExpertWorker:
     def stop(self) -> None:
         """Stop serving and close the sockets. Safe to call twice."""
         self._loop.stop()
+        self._host.close()
         self._inbox.close()
         self._monitor.close()
         for outbox in self._outboxes.values():
@@ -192,6 +195,7 @@ class ExpertWorker:
             "predicted_s": self._clock.predicted_s,
             "calls": self._clock.steps,
             "late_s": self._clock.late_s,
+            "guests": self._host.num_taken_in,
             "link_bytes": sum(box.bytes_sent for box in self._outboxes.values()),
         }
         self._monitor.send([wire.REPORT, msgpack.packb(values)])
@@ -213,7 +217,7 @@ def _load(spec: ExpertSpec) -> ExpertHost:
             f"{checkpoint.path} on {spec.device.id} has the experts {slots.fingerprint}, the "
             f"stages serve {spec.fingerprint}; put the same checkpoint on every node"
         )
-    host = ExpertHost(slots)
+    host = ExpertHost(slots, num_guests=spec.num_guests)
     host.prepare(spec.version, spec.experts)
     return host
 

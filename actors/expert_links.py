@@ -22,7 +22,7 @@ import torch
 from actors import wire
 from actors.engine.expert_calls import ExpertCall, ExpertError, Routes, Share, Span, cut, shares
 from actors.engine.expert_host import ExpertHost
-from actors.engine.local_experts import gather, scatter
+from actors.engine.row_spans import gather, scatter
 from actors.expert_messages import call_message, take_answer
 
 _log = logging.getLogger(__name__)
@@ -43,6 +43,10 @@ class ExpertCallError(ExpertError):
     def __init__(self, message: str, devices: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.devices = tuple(devices)
+
+
+class ExpertRefusal(ExpertCallError):
+    """A node has said that it cannot serve the call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +184,7 @@ class ExpertLinks:
         while True:
             routes = self._current()
             try:
-                return self._call(routes, wire.EXPERTS, layer, counts_E, (rows_SH,))
+                return self._call_once_or_twice(routes, layer, counts_E, rows_SH)
             except (ExpertError, wire.WireError) as error:
                 _log.warning("layer %d, map version %d: %s", layer, routes.version, error)
                 failure = error if isinstance(error, ExpertError) else ExpertCallError(str(error))
@@ -188,6 +192,21 @@ class ExpertLinks:
                 if not self._another_than(routes):
                     raise failure from None
                 self.num_repeated += 1
+
+    def _call_once_or_twice(
+        self, routes: NodeRoutes, layer: int, counts_E: Sequence[int], rows_SH: torch.Tensor
+    ) -> torch.Tensor:
+        """Have the rows computed; where guests were brought and refused, without them."""
+        divided = shares(counts_E, routes, layer)
+        try:
+            return self._call(routes, wire.EXPERTS, layer, divided, (rows_SH,))
+        except ExpertRefusal as error:
+            if not any(share.portion.guests for share in divided):
+                raise
+            _log.warning("layer %d, guests: %s", layer, error)
+        self.num_repeated += 1
+        divided = shares(counts_E, routes, layer, with_guests=False)
+        return self._call(routes, wire.EXPERTS, layer, divided, (rows_SH,))
 
     def backward(
         self,
@@ -205,7 +224,9 @@ class ExpertLinks:
         """
         tensors = (rows_SH, gradient_SH)
         try:
-            return self._call(self._current(), wire.EXPERT_GRADIENTS, layer, counts_E, tensors)
+            routes = self._current()
+            divided = shares(counts_E, routes, layer, with_guests=False)
+            return self._call(routes, wire.EXPERT_GRADIENTS, layer, divided, tensors)
         finally:
             self._end_call()
 
@@ -237,11 +258,11 @@ class ExpertLinks:
         routes: NodeRoutes,
         kind: bytes,
         layer: int,
-        counts_E: Sequence[int],
+        divided: Sequence[Share],
         tensors: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         end_s = time.monotonic() + self._patience.answer_s
-        by_device = {share.portion.device: share for share in shares(counts_E, routes, layer)}
+        by_device = {share.portion.device: share for share in divided}
         own = {device: by_device.pop(device) for device in self._own.keys() & by_device.keys()}
         awaited: dict[int, _Awaited] = {}
         for node in routes.nodes:
@@ -256,9 +277,13 @@ class ExpertLinks:
             )
         out_SH = torch.empty_like(tensors[0])
         for device, (portion, spans) in own.items():
-            run = self._own[device].run if kind == wire.EXPERTS else self._own[device].backward
-            part = (gather(each, spans) for each in tensors)
-            scatter(out_SH, spans, run(routes.version, layer, portion.experts, *part))
+            host, at = self._own[device], (routes.version, layer, portion.experts)
+            rows, *gradient = (gather(each, spans) for each in tensors)
+            if kind == wire.EXPERTS:
+                done = host.run(*at, rows, guests=portion.guests)
+            else:
+                done = host.backward(*at, rows, *gradient)
+            scatter(out_SH, spans, done)
         self._receive(awaited, out_SH, end_s)
         return out_SH
 
@@ -322,7 +347,7 @@ class ExpertLinks:
             return  # of a call that was given up
         devices, _, spans = awaited.pop(number)
         if rows_SH is None:
-            raise ExpertCallError(refusal, devices)
+            raise ExpertRefusal(refusal, devices)
         wanted = (sum(end - start for start, end in spans), out_SH.shape[1])
         if rows_SH.shape != wanted or rows_SH.dtype != out_SH.dtype:
             raise ExpertCallError(

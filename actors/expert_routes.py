@@ -30,8 +30,11 @@ class MapRoutes:
     def version(self) -> int:
         return self._division.map.version
 
-    def split(self, layer: int, counts_E: Sequence[int]) -> list[Piece]:
-        return [Piece(*part) for part in self._division.divide(self._index[layer], counts_E)]
+    def split(
+        self, layer: int, counts_E: Sequence[int], *, with_guests: bool = True
+    ) -> list[Piece]:
+        parts = self._division.divide(self._index[layer], counts_E, with_guests=with_guests)
+        return [Piece(*part) for part in parts]
 
 
 def nodes_of(current: ExpertMap, workers: Mapping[str, wire.Address]) -> list[ExpertNode]:

@@ -142,13 +142,18 @@ class ExpertServer:
                 self._gathering[self._calls_sent] = gathering
         if own is not None:
             portion, rows = own
-            run = self._host.run if len(tensors) == 1 else self._host.backward
-            gathering.out_SH[rows] = run(
-                call.version, call.layer, portion.experts, *(each[rows] for each in tensors)
-            )
+            gathering.out_SH[rows] = self._compute(call, portion, [each[rows] for each in tensors])
             declared_s = self._seconds(call.layer, portion.experts)
             gathering.due_s = self._clock.book(arrived_s, declared_s)
         self._answer_if_whole(gathering)
+
+    def _compute(
+        self, call: ExpertCall, portion: Portion, tensors: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        at = call.version, call.layer, portion.experts
+        if len(tensors) == 1:
+            return self._host.run(*at, tensors[0], guests=portion.guests)
+        return self._host.backward(*at, *tensors)
 
     def _check(self, call: ExpertCall) -> None:
         """Refuse a call before any device computes a part of it."""

@@ -18,6 +18,7 @@ from actors.expert_routes import MapRoutes
 from placement.sharding.division import RowDivision
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.loads import ExpertLoads, LoadSummary, Phase
+from placement.sharding.reactive import ReactiveTerms
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +36,8 @@ class ExpertAccess:
     latency_s: Mapping[str, float] = field(default_factory=dict)
     """By other node: a message there and back."""
     patience: Patience = field(default_factory=Patience)
+    guests: ReactiveTerms | None = None
+    """When experts may be guests of a device; None: never."""
 
 
 class StageExperts:
@@ -83,7 +86,7 @@ class StageExperts:
         with self._using:
             if current.version <= self._version:
                 return True
-            division = RowDivision(current, access.node, access.latency_s)
+            division = RowDivision(current, access.node, access.latency_s, access.guests)
             self.links.use(MapRoutes(division, access.layers, workers))
             self._version = current.version
         return self.links.settle(settle_s)

@@ -204,8 +204,8 @@ class Backend(Protocol):
         "copies" (device id: experts of all layers), "layers" (those of the model that have some),
         by these "loads" (of each expert, 1 is the layer's mean) and "replicas" (how many devices
         hold it), "changes" (the last maps, the newest last: "at_s" (Unix), "version", "reason",
-        "copies" that are new: "device_id", "layer", "expert") and "recoveries" ("device_id",
-        "seconds", "reason").
+        "copies" that are new: "device_id", "layer", "expert"), "guests" (device id: experts that it
+        took in for rows of long prompts) and "recoveries" ("device_id", "seconds", "reason").
         """
         ...
 

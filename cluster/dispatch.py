@@ -284,6 +284,10 @@ class Dispatcher:
         """The stages' latest raw counters, by device."""
         return dict(self._reports.stages)
 
+    def expert_reports(self) -> dict[str, Mapping[str, Any]]:
+        """The latest raw counters of workers with sharded experts, by device."""
+        return dict(self._reports.experts)
+
     def _admit(self, request: Request) -> InFlight:
         """Choose a lane and send the request, or say why not; nothing is held when it raises."""
         if self._unavailable is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.fingerprint import expert_fingerprint
 from actors.expert_crew import CrewSpec
@@ -11,12 +13,17 @@ from cluster.config import MotleyConfig
 from placement.costs import expert_weight_bytes
 from placement.sharding.decision import RebalanceSettings
 from placement.sharding.expert_map import ExpertMap
+from placement.sharding.reactive import ReactiveTerms
 from placement.shards import ShardsPlan
 from placement.topology import Topology
 from placement.workload import ModelProfile
 
 _READ_BYTES_PER_S = 500e6
 """At which a device reads experts from its node's copy of the checkpoint: a common SSD."""
+_LEAST_GUEST_ROWS = 128
+"""Of an expert that is a guest for its rows: fewer make too small a difference."""
+_ASK_FOR_GUEST_S = 1e-3
+"""From counting a layer's rows until a device begins to read a guest."""
 
 
 def crew_spec(
@@ -37,12 +44,14 @@ def crew_spec(
     # A lane gives a step up first, and says which knob it is.
     longest_s = config.engine.step_timeout_s
     nodes = {device.node for device in topology.devices}
+    guests = guest_terms(config, profile, shards, nodes)
     return CrewSpec(
         model=str(checkpoint.path),
         profile=profile,
         engine=config.engine,
         devices={device.id: device for device in topology.devices},
         num_slots={device.id: shards.num_slots(device) for device in shards.devices},
+        num_guests=0 if guests is None else guests.num_buffers,
         layers=shards.expert_layers,
         map=made,
         access={
@@ -52,10 +61,26 @@ def crew_spec(
                 num_experts=made.num_experts,
                 node=node,
                 latency_s=_latencies_s(topology, node, nodes - {node}),
+                guests=guests,
                 patience=Patience(answer_s=longest_s, reroute_s=longest_s),
             )
             for node in nodes
         },
+    )
+
+
+def guest_terms(
+    config: MotleyConfig, profile: ModelProfile, shards: ShardsPlan, nodes: Collection[str]
+) -> ReactiveTerms | None:
+    """Return when experts may be guests of a device; None: never."""
+    if not config.plan.guest_experts:
+        return None
+    copy_s = _expert_bytes(profile, shards) / _READ_BYTES_PER_S
+    return ReactiveTerms(
+        num_buffers=config.plan.guest_experts,
+        least_rows=_LEAST_GUEST_ROWS,
+        copy_s=dict.fromkeys(nodes, copy_s),
+        plan_s=_ASK_FOR_GUEST_S,
     )
 
 
@@ -64,13 +89,17 @@ def rebalance_settings(
 ) -> RebalanceSettings:
     """Return when experts move, and how fast; `profile` of the whole model."""
     return RebalanceSettings(
-        expert_bytes=expert_weight_bytes(profile.layers[shards.expert_layers[0]]),
+        expert_bytes=_expert_bytes(profile, shards),
         copy_bytes_per_s=_READ_BYTES_PER_S,
         step_budget_bytes=config.controller.expert_step_bytes,
         staging_slots=config.plan.spare_experts,
         num_spread=config.plan.spread_experts,
         objective="activated" if shards.experts.objective == "activated" else "rows",
     )
+
+
+def _expert_bytes(profile: ModelProfile, shards: ShardsPlan) -> int:
+    return expert_weight_bytes(profile.layers[shards.expert_layers[0]])
 
 
 def _latencies_s(topology: Topology, node: str, others: set[str]) -> dict[str, float]:

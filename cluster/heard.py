@@ -24,7 +24,7 @@ _STAGE_NUMBERS = (
     "late_s",
     "link_bytes",
 )
-_EXPERT_NUMBERS = ("busy_s", "predicted_s", "calls", "late_s", "link_bytes")
+_EXPERT_NUMBERS = ("busy_s", "predicted_s", "calls", "late_s", "guests", "link_bytes")
 _LANE_NUMBERS = (
     "running",
     "waiting",

@@ -216,7 +216,7 @@ def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology)
             objective=config.plan.objective,
             layer_counts=config.plan.layer_counts,
             device_order="given" if forced else config.plan.device_order,
-            spare_slots=config.plan.spare_experts,
+            spare_slots=config.plan.spare_experts + config.plan.guest_experts,
             num_spread=config.plan.spread_experts,
         )
 

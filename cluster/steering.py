@@ -71,6 +71,7 @@ def experts_document(
     num_maps: int,
     changes: Sequence[MapChange],
     recoveries: Sequence[DeviceMadeGood],
+    guests: Mapping[str, int],
     unix_offset_s: float,
 ) -> dict[str, Any]:
     """Return what `Backend.controller_json` promises of sharded experts.
@@ -81,6 +82,7 @@ def experts_document(
         num_maps: That came into force.
         changes: The last of them, the newest last.
         recoveries: From losses.
+        guests: Experts that each device has taken in for the rows of a step.
         unix_offset_s: From the changes' clock to Unix time.
     """
     current, decision = rebalancer.map, rebalancer.last_decision
@@ -105,6 +107,7 @@ def experts_document(
             device.id: sum(len(layer.experts[position]) for layer in current.layers)
             for position, device in enumerate(current.devices)
         },
+        "guests": dict(guests),
         "recoveries": [asdict(each) for each in recoveries],
     }
 

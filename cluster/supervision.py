@@ -220,6 +220,10 @@ class Supervisor:
                 num_maps=shell.num_maps,
                 changes=list(shell.changes),
                 recoveries=list(shell.recoveries),
+                guests={
+                    device_id: report.get("guests", 0)
+                    for device_id, report in self._dispatcher.expert_reports().items()
+                },
                 unix_offset_s=self._unix_offset_s,
             )
         return shown

@@ -108,7 +108,7 @@ def plan_shards(
 ) -> ShardsPlan:
     """Cut the dense part into stages, then spread the experts over the memory that is left.
 
-    Every device keeps room for `spare_slots` experts of any layer, for those on the move. The
+    Every device keeps room for `spare_slots` experts of any layer, on the move or guests. The
     `num_spread` hottest experts of a layer are held on two nodes while slots allow.
     `expert_load` [layers with experts, experts]: how often each is chosen, in any unit; None:
     equally often. Experts are balanced by rows, or by activated experts where reading their

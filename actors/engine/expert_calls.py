@@ -30,6 +30,8 @@ class Piece(NamedTuple):
     device: str
     expert: int
     rows: int
+    is_guest: bool = False
+    """The device takes the expert in for this call."""
 
 
 class ExpertRows(NamedTuple):
@@ -45,7 +47,9 @@ class Routes(Protocol):
     @property
     def version(self) -> int: ...
 
-    def split(self, layer: int, counts_E: Sequence[int]) -> Sequence[Piece]:
+    def split(
+        self, layer: int, counts_E: Sequence[int], *, with_guests: bool = True
+    ) -> Sequence[Piece]:
         """Cut a layer's rows: by ascending expert, and together `counts_E[expert]` rows of each."""
         ...
 
@@ -55,6 +59,9 @@ class Portion(NamedTuple):
 
     device: str
     experts: tuple[ExpertRows, ...]
+    guests: tuple[int, ...] = ()
+    """Experts of the layer, ascending, that the device does not hold and is to take in, for these
+    rows or for some that follow."""
 
     @property
     def num_rows(self) -> int:
@@ -74,43 +81,72 @@ class Share(NamedTuple):
     portion: Portion
     spans: tuple[Span, ...]
 
+    def only(self, *, are_guests: bool) -> Share:
+        """Return the share's rows of guests, or all others."""
+        left = list(self.spans)
+        spans: list[Span] = []
+        experts = []
+        for each in self.portion.experts:
+            own = _first(left, each.rows)
+            if (each.expert in self.portion.guests) == are_guests:
+                experts.append(each)
+                spans += own
+        return Share(self.portion._replace(experts=tuple(experts)), _joined(spans))
 
-def shares(counts_E: Sequence[int], routes: Routes, layer: int) -> list[Share]:
+
+def shares(
+    counts_E: Sequence[int], routes: Routes, layer: int, *, with_guests: bool = True
+) -> list[Share]:
     """Return each device's share of a layer's rows, in the order in which devices first occur.
 
     Raises:
         ExpertError: The split leaves rows out, has too many, or an expert twice on a device.
     """
-    pieces = routes.split(layer, counts_E)
+    pieces = routes.split(layer, counts_E, with_guests=with_guests)
     _check_split(counts_E, pieces, f"layer {layer}, map version {routes.version}")
     ends = accumulate((piece.rows for piece in pieces), initial=0)
     spans: dict[str, list[Span]] = {}
     experts: dict[str, list[ExpertRows]] = {}
+    guests: dict[str, list[int]] = {}
     for piece, (start, end) in zip(pieces, pairwise(ends), strict=True):
-        own = spans.setdefault(piece.device, [])
-        if own and own[-1].end == start:
-            own[-1] = Span(own[-1].start, end)
-        else:
-            own.append(Span(start, end))
+        spans.setdefault(piece.device, []).append(Span(start, end))
         experts.setdefault(piece.device, []).append(ExpertRows(piece.expert, piece.rows))
+        if piece.is_guest:
+            guests.setdefault(piece.device, []).append(piece.expert)
     return [
-        Share(Portion(device, tuple(experts[device])), tuple(spans[device])) for device in spans
+        Share(
+            Portion(device, tuple(experts[device]), tuple(guests.get(device, ()))),
+            _joined(spans[device]),
+        )
+        for device in spans
     ]
 
 
 def cut(share: Share, most_rows: int) -> list[Share]:
-    """Cut a share between experts into ones of at most so many rows, or of one expert each."""
+    """Cut a share between experts into ones of at most so many rows, or of one expert each.
+
+    Rows of guests come last: they are taken in while the others are computed.
+    """
+    return [
+        small
+        for part in (share.only(are_guests=False), share.only(are_guests=True))
+        for small in (_cut(part, most_rows) if part.spans else ())
+    ]
+
+
+def _cut(share: Share, most_rows: int) -> list[Share]:
     cuts: list[Share] = []
     spans = list(share.spans)
     experts: list[ExpertRows] = []
     rows = 0
     for each in share.portion.experts:
         if experts and rows + each.rows > most_rows:
-            cuts.append(Share(Portion(share.portion.device, tuple(experts)), _first(spans, rows)))
+            portion = share.portion._replace(experts=tuple(experts))
+            cuts.append(Share(portion, _first(spans, rows)))
             experts, rows = [], 0
         experts.append(each)
         rows += each.rows
-    return [*cuts, Share(Portion(share.portion.device, tuple(experts)), tuple(spans))]
+    return [*cuts, Share(share.portion._replace(experts=tuple(experts)), tuple(spans))]
 
 
 def _first(spans: list[Span], rows: int) -> tuple[Span, ...]:
@@ -124,6 +160,17 @@ def _first(spans: list[Span], rows: int) -> tuple[Span, ...]:
         taken.append(Span(start, end))
         rows -= end - start
     return tuple(taken)
+
+
+def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Make one of spans that follow each other."""
+    joined: list[Span] = []
+    for span in spans:
+        if joined and joined[-1].end == span.start:
+            joined[-1] = Span(joined[-1].start, span.end)
+        else:
+            joined.append(span)
+    return tuple(joined)
 
 
 def _check_split(counts_E: Sequence[int], pieces: Sequence[Piece], where: str) -> None:
@@ -170,8 +217,8 @@ class ExpertCall:
 
     def encode(self) -> bytes:
         portions = [
-            [device, [e for e, _ in experts], [r for _, r in experts]]
-            for device, experts in self.portions
+            [device, [e for e, _ in experts], [r for _, r in experts], list(guests)]
+            for device, experts, guests in self.portions
         ]
         data: bytes = msgpack.packb(
             [
@@ -198,13 +245,14 @@ class ExpertCall:
         return call
 
 
-def _portion(device: Any, experts: Any, rows: Any) -> Portion:
-    if not (_is_name(device) and are_whole(experts) and are_whole(rows, low=1)) or not experts:
+def _portion(device: Any, experts: Any, rows: Any, guests: Any) -> Portion:
+    numbers = are_whole(experts) and are_whole(rows, low=1) and are_whole(guests)
+    if not (_is_name(device) and numbers) or not experts:
         raise ValueError("a portion out of place")
-    if any(b <= a for a, b in pairwise(experts)):
+    if any(b <= a for numbered in (experts, guests) for a, b in pairwise(numbered)):
         raise ValueError("experts out of order")
     pairs = zip(experts, rows, strict=True)
-    return Portion(device, tuple(ExpertRows(expert, count) for expert, count in pairs))
+    return Portion(device, tuple(ExpertRows(expert, n) for expert, n in pairs), tuple(guests))
 
 
 def _what_is_wrong(call: ExpertCall) -> str:

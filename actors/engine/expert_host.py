@@ -2,17 +2,23 @@
 
 A version is prepared beside running calls and is there all or not at all; calls name the version
 that they were divided by, and are served as long as it is kept. What no version needs is dropped.
+
+A call may bring guests: experts that its rows surprise the map with. They are read while the call's
+other rows are computed, and stay until others need their room.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate, pairwise
 
 import torch
 
-from actors.engine.expert_calls import ExpertError
+from actors.engine.expert_calls import ExpertError, Span
 from actors.engine.expert_slots import ExpertSlots, Weights
+from actors.engine.row_spans import gather, scatter
 
 Holding = frozenset[tuple[int, int]]
 """(layer, expert) of each expert that a version has here."""
@@ -21,8 +27,15 @@ Holding = frozenset[tuple[int, int]]
 class ExpertHost:
     """The experts of one device by map version. Calls run one at a time."""
 
-    def __init__(self, slots: ExpertSlots) -> None:
+    def __init__(self, slots: ExpertSlots, *, num_guests: int = 0) -> None:
+        """`num_guests` of the slots are kept free of what versions hold, for guests."""
         self._slots = slots
+        self._num_guests = num_guests
+        self._guests: dict[tuple[int, int], Future[None]] = {}
+        """(layer, expert) taken in, the one longest unused first."""
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="guests")
+        self.num_taken_in = 0
+        """Guests that were read, so far."""
         self._changing = threading.Lock()
         """Held while a version is made or given up."""
         self._turn = threading.Lock()
@@ -113,15 +126,34 @@ class ExpertHost:
         layer: int,
         experts: Sequence[tuple[int, int]],
         rows_SH: torch.Tensor,
+        *,
+        guests: Sequence[int] = (),
     ) -> torch.Tensor:
         """Run rows sorted by expert, (expert, how many) one after another: (S, H).
 
+        `guests` of the layer are taken in, whether they have rows in this call or in one to come.
+
         Raises:
-            ExpertError: The version or one of its experts is not here, or the rows do not fit.
+            ExpertError: The version or one of its experts is not here, the rows do not fit, or
+                there is no room for as many guests.
+            CheckpointError: A guest cannot be read.
         """
         with self._turn:
-            self._check(version, layer, experts)
-            return self._slots.run(layer, experts, rows_SH)
+            self._check(version, layer, [each for each in experts if each[0] not in guests])
+            if not guests:
+                return self._slots.run(layer, experts, rows_SH)
+            self._take_in(layer, guests)
+            ends = accumulate((rows for _, rows in experts), initial=0)
+            spans = dict(zip((e for e, _ in experts), map(Span._make, pairwise(ends)), strict=True))
+            out_SH = torch.empty_like(rows_SH)
+            for are_guests in (False, True):
+                chosen = [each for each in experts if (each[0] in guests) == are_guests]
+                if chosen:
+                    own = [spans[expert] for expert, _ in chosen]
+                    if are_guests:
+                        self._await_guests(layer, [expert for expert, _ in chosen])
+                    scatter(out_SH, own, self._slots.run(layer, chosen, gather(rows_SH, own)))
+            return out_SH
 
     def backward(
         self,
@@ -155,6 +187,44 @@ class ExpertHost:
             taken, self._gradients = self._gradients, {}
             return taken
 
+    def close(self) -> None:
+        """Take no more guests in."""
+        self._reader.shutdown(wait=False, cancel_futures=True)
+
+    def _take_in(self, layer: int, guests: Sequence[int]) -> None:
+        """Begin to read the guests that are not here, in place of those longest unused."""
+        for expert in guests:
+            self._slots.check_exists(layer, expert)
+        wanted = [(layer, expert) for expert in guests]
+        if len(wanted) > self._num_guests:
+            raise ExpertError(
+                f"layer {layer} brings {len(wanted)} guests and there is room for "
+                f"{self._num_guests}; raise plan.guest_experts"
+            )
+        for key in wanted:
+            if key in self._guests:
+                self._guests[key] = self._guests.pop(key)  # used last
+        for key in wanted:
+            if key not in self._guests:
+                if len(self._guests) >= self._num_guests:
+                    self._see_off(next(each for each in self._guests if each not in wanted))
+                self._guests[key] = self._reader.submit(self._slots.load, *key)
+                self.num_taken_in += 1
+
+    def _see_off(self, key: tuple[int, int]) -> None:
+        """Free a guest's slot, once it is read."""
+        self._guests.pop(key).exception()
+        if key not in self._fetched.union(*self._versions.values()):
+            self._slots.drop(*key)
+
+    def _await_guests(self, layer: int, experts: Sequence[int]) -> None:
+        for expert in experts:
+            try:
+                self._guests[layer, expert].result()
+            except BaseException:
+                del self._guests[layer, expert]
+                raise
+
     def _check(self, version: int, layer: int, experts: Sequence[tuple[int, int]]) -> None:
         holding = self._versions.get(version)
         if holding is None:
@@ -177,6 +247,6 @@ class ExpertHost:
 
     def _drop_unused(self) -> None:
         with self._turn:
-            used = self._fetched.union(*self._versions.values())
+            used = self._fetched.union(*self._versions.values(), self._guests)
             for layer, expert in self._slots.held - used:
                 self._slots.drop(layer, expert)

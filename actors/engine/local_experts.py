@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
-from actors.engine.expert_calls import Routes, Span, shares
+from actors.engine.expert_calls import Routes, shares
 from actors.engine.expert_host import ExpertHost
+from actors.engine.row_spans import gather, scatter
 
 
 class LocalDispatcher:
@@ -29,8 +30,9 @@ class LocalDispatcher:
         """
         routes = self.routes
         out_SH = torch.empty_like(rows_SH)
-        for (device, experts), spans in shares(counts_E, routes, layer):
-            part = self._hosts[device].run(routes.version, layer, experts, gather(rows_SH, spans))
+        for (device, experts, guests), spans in shares(counts_E, routes, layer):
+            rows = gather(rows_SH, spans)
+            part = self._hosts[device].run(routes.version, layer, experts, rows, guests=guests)
             scatter(out_SH, spans, part)
         return out_SH
 
@@ -48,24 +50,9 @@ class LocalDispatcher:
         """
         routes = self.routes
         out_SH = torch.empty_like(rows_SH)
-        for (device, experts), spans in shares(counts_E, routes, layer):
+        for (device, experts, _), spans in shares(counts_E, routes, layer, with_guests=False):
             part = self._hosts[device].backward(
                 routes.version, layer, experts, gather(rows_SH, spans), gather(gradient_SH, spans)
             )
             scatter(out_SH, spans, part)
         return out_SH
-
-
-def gather(rows_SH: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-    """Return the rows of spans, one after another; of one span without copying."""
-    if len(spans) == 1:
-        return rows_SH[spans[0].start : spans[0].end]
-    return torch.cat([rows_SH[start:end] for start, end in spans])
-
-
-def scatter(out_SH: torch.Tensor, spans: Iterable[Span], part_SH: torch.Tensor) -> None:
-    """Put rows back where `gather` took them from."""
-    at = 0
-    for start, end in spans:
-        out_SH[start:end] = part_SH[at : at + end - start]
-        at += end - start

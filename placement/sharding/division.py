@@ -4,8 +4,9 @@ Many rows are weighed anew over the replicas of their experts, for these very ro
 slowest device finishes first (`RoutingTable.balanced_rows`). Few rows go whole to one replica of
 each activated expert, chosen by what the layer takes: experts read and messages sent
 (`placement.sharding.few_rows`). Rows are few when the activated experts have no more of them each
-than what is computed while an expert's weights are read. No leader and no state: the same map,
-sender's node and counts give the same answer.
+than what is computed while an expert's weights are read. Where many rows surprise the map, experts
+may be guests elsewhere on their node for the call (`placement.sharding.reactive`). No leader and no
+state: the same map, sender's node and counts give the same answer.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy as np
 
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.few_rows import StepCosts, choose_replicas
-from placement.sharding.routing import RoutingTable
+from placement.sharding.reactive import ReactiveTerms, plan_reactive
+from placement.sharding.routing import RoutingTable, Rows
 
 MESSAGE_S = 2e-4
 """The sender's time for one more message to another machine: packed, encrypted and queued."""
@@ -30,6 +32,8 @@ class Part(NamedTuple):
     device_id: str
     expert: int
     rows: int
+    is_guest: bool = False
+    """The device takes the expert in for this call; the map does not have it there."""
 
 
 class RowDivision:
@@ -39,10 +43,18 @@ class RowDivision:
         current: The map.
         node: The senders'.
         latency_s: By other node: a message there and back, without its bytes.
+        guests: When experts may be guests, and how many; None: never.
     """
 
-    def __init__(self, current: ExpertMap, node: str, latency_s: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        current: ExpertMap,
+        node: str,
+        latency_s: Mapping[str, float],
+        guests: ReactiveTerms | None = None,
+    ) -> None:
         self.map = current
+        self._guests = guests
         self._speeds = [device.rows_per_s for device in current.devices]
         self._costs = StepCosts(
             nodes=tuple(device.node for device in current.devices),
@@ -59,8 +71,10 @@ class RowDivision:
         """Of one expert, computed while its weights are read on a middling device."""
         self._tables: dict[int, tuple[RoutingTable, list[list[int]]]] = {}
 
-    def divide(self, layer: int, counts_E: Sequence[int]) -> list[Part]:
-        """Cut a layer's rows, `counts_E[expert]` of each: by expert, then device.
+    def divide(
+        self, layer: int, counts_E: Sequence[int], *, with_guests: bool = True
+    ) -> list[Part]:
+        """Cut a layer's rows, `counts_E[expert]` of each: by expert.
 
         `layer` counts the layers with experts. Milliseconds for hundreds of experts.
         """
@@ -70,19 +84,23 @@ class RowDivision:
         if sum(counts_E) <= self._few_rows * len(activated):
             chosen = choose_replicas(activated, holders, self._costs)
             return [Part(ids[chosen[expert]], expert, counts_E[expert]) for expert in activated]
-        if len(table.expert_R) == len(holders):
-            return [Part(ids[holders[e][0]], e, counts_E[e]) for e in activated]
-        rows_R = table.balanced_rows(np.array(counts_E, dtype=np.int64), self._speeds)
+        rows_R = np.array(counts_E, dtype=np.int64)
+        if len(table.expert_R) > len(holders):
+            rows_R = table.balanced_rows(rows_R, self._speeds)
+        hosts = self._hosts_of_guests(table, rows_R) if with_guests else {}
         taken = np.flatnonzero(rows_R)
+        copies = zip(table.device_R[taken].tolist(), table.expert_R[taken].tolist(), strict=True)
         return [
-            Part(ids[device], expert, rows)
-            for device, expert, rows in zip(
-                table.device_R[taken].tolist(),
-                table.expert_R[taken].tolist(),
-                rows_R[taken].tolist(),
-                strict=True,
-            )
+            Part(ids[hosts.get((device, expert), device)], expert, rows, (device, expert) in hosts)
+            for (device, expert), rows in zip(copies, rows_R[taken].tolist(), strict=True)
         ]
+
+    def _hosts_of_guests(self, table: RoutingTable, rows_R: Rows) -> dict[tuple[int, int], int]:
+        """Return, by (device, expert) of the replicas that leave, where their rows go."""
+        if self._guests is None or rows_R.max() < self._guests.least_rows:
+            return {}
+        plan = plan_reactive(table, rows_R, self.map.devices, self._guests)
+        return {(move.source, move.expert): move.target for move in plan.moves}
 
     def _table(self, layer: int) -> tuple[RoutingTable, list[list[int]]]:
         if layer not in self._tables:

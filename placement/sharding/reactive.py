@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,7 +121,7 @@ class _Work:
         self._devices, self._terms = devices, terms
         self._speeds = np.array([device.rows_per_s for device in devices])
         self.finish_s = table.device_rows(rows_R) / self._speeds
-        self._held: list[AbstractSet[int]] = [
+        self._held: list[set[int]] = [
             set(table.expert_R[table.device_R == d].tolist()) for d in range(len(devices))
         ]
         self._dynamic = [self._largest(table, rows_R, d) for d in range(len(devices))]
@@ -171,6 +170,7 @@ class _Work:
         source, target = move.source, move.target
         self._copying_s[source] = self._copying_s[target] = self._copied_s(source, target)
         self._num_taken[target] += 1
+        self._held[target].add(move.expert)
         self._dynamic[source].remove((move.rows, move.expert))
         self.finish_s[source] -= move.rows / self._speeds[source]
         self.finish_s[target] += move.rows / self._speeds[target]

@@ -47,7 +47,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from actors import wire  # noqa: E402
 from actors.engine.checkpoint import Checkpoint  # noqa: E402
 from actors.engine.config import EngineConfig  # noqa: E402
-from actors.engine.expert_calls import ExpertRows, Portion, Share, Span  # noqa: E402
+from actors.engine.expert_calls import Share, cut  # noqa: E402
 from actors.engine.fingerprint import expert_fingerprint  # noqa: E402
 from actors.engine.slice import StageSlice  # noqa: E402
 from actors.expert_links import ExpertLinks, ExpertNode, _awaited  # noqa: E402
@@ -64,7 +64,7 @@ class NaiveLinks(ExpertLinks):
     """One message an expert that has rows, straight to the worker that holds it."""
 
     def _call(
-        self, routes: Any, kind: bytes, layer: int, counts_E: Sequence[int], tensors: Any
+        self, routes: Any, kind: bytes, layer: int, divided: Sequence[Share], tensors: Any
     ) -> torch.Tensor:
         nodes = {
             device: ExpertNode(device, {device: node.workers[device]})
@@ -72,15 +72,12 @@ class NaiveLinks(ExpertLinks):
             for device in node.workers
         }
         every = _Every(list(nodes.values()), routes.version)
-        awaited, start = {}, 0
-        for device, expert, rows in routes.split(layer, counts_E):
-            share = Share(
-                Portion(device, (ExpertRows(expert, rows),)), (Span(start, start + rows),)
-            )
-            start += rows
+        awaited = {}
+        for alone in (each for share in divided for each in cut(share, 1)):
+            device = alone.portion.device
             worker = nodes[device].workers[device]
-            number = self._send(worker, every, kind, layer, [share], tensors)
-            awaited[number] = _awaited(nodes[device], device, [share])
+            number = self._send(worker, every, kind, layer, [alone], tensors)
+            awaited[number] = _awaited(nodes[device], device, [alone])
         out_SH = torch.empty_like(tensors[0])
         self._receive(awaited, out_SH, time.monotonic() + 60.0)
         return out_SH

@@ -352,6 +352,91 @@ def test_an_expert_that_finds_no_slot_is_not_kept_in_mind(olmoe: Checkpoint) -> 
     assert slots.held == frozenset()
 
 
+# --- guests -----------------------------------------------------------------------------------
+
+
+def test_a_guest_is_read_once_and_computes_as_where_it_is_held(olmoe: Checkpoint) -> None:
+    everywhere = ExpertHost(ExpertSlots(olmoe, 4))
+    everywhere.prepare(1, {0: [0, 1, 2, 3]})
+    slots = ExpertSlots(olmoe, 4)
+    host = ExpertHost(slots, num_guests=2)
+    host.prepare(1, {0: [0, 2]})
+    x = rows(9)
+    split = [(0, 2), (1, 3), (2, 1), (3, 3)]
+
+    for _ in range(2):
+        got = host.run(1, 0, split, x, guests=[1, 3])
+        assert torch.equal(got, everywhere.run(1, 0, split, x))
+    assert host.num_taken_in == 2
+    with pytest.raises(ExpertError, match=r"experts \[1\] of layer 0 are not here"):
+        host.run(1, 0, [(1, 2)], x[:2])
+
+
+def test_guests_are_read_while_other_rows_are_computed(
+    olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slots = ExpertSlots(olmoe, 3)
+    host = ExpertHost(slots, num_guests=1)
+    host.prepare(1, {0: [0, 2]})
+    has_computed = threading.Event()
+    compute = slots.run
+
+    def computed(*args: Any) -> torch.Tensor:
+        out = compute(*args)
+        has_computed.set()
+        return out
+
+    def slow(*args: Any) -> int:
+        assert has_computed.wait(10.0)
+        return fill_expert(*args)
+
+    monkeypatch.setattr("actors.engine.expert_slots.fill_expert", slow)
+    monkeypatch.setattr(slots, "run", computed)
+
+    assert host.run(1, 0, [(0, 1), (1, 2), (2, 1)], rows(4), guests=[1]).shape == (4, WIDTH)
+
+
+def test_guests_leave_when_others_come_but_not_what_a_version_holds(olmoe: Checkpoint) -> None:
+    slots = ExpertSlots(olmoe, 4)
+    host = ExpertHost(slots, num_guests=2)
+    host.prepare(1, {0: [0]})
+    host.run(1, 0, [(1, 1), (2, 1)], rows(2), guests=[1, 2])
+    host.prepare(2, {0: [0, 2]})
+    host.retire(2)
+    assert slots.held == {(0, 0), (0, 1), (0, 2)}
+
+    host.run(2, 0, [(1, 1)], rows(1), guests=[1])
+    host.run(2, 0, [(3, 1)], rows(1), guests=[3])
+    assert slots.held == {(0, 0), (0, 1), (0, 2), (0, 3)}
+    host.run(2, 1, [(3, 1)], rows(1), guests=[3])
+
+    assert slots.held == {(0, 0), (0, 2), (0, 3), (1, 3)}, "1 was used before 3"
+
+
+def test_guests_that_cannot_be_taken_in_are_refused_and_calls_go_on(
+    olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ExpertHost(ExpertSlots(olmoe, 2), num_guests=1)
+    host.prepare(1, {0: [0]})
+    with pytest.raises(ExpertError, match="brings 2 guests and there is room for 1; raise plan"):
+        host.run(1, 0, [(1, 1), (2, 1)], rows(2), guests=[1, 2])
+    with pytest.raises(ExpertError, match="has no expert 99"):
+        host.run(1, 0, [(0, 1)], rows(1), guests=[99])
+
+    def unreadable(*args: Any) -> int:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("actors.engine.expert_slots.fill_expert", unreadable)
+    with pytest.raises(OSError, match="the disk is gone"):
+        host.run(1, 0, [(0, 1), (1, 1)], rows(2), guests=[1])
+    monkeypatch.undo()
+
+    assert host.run(1, 0, [(0, 1), (1, 1)], rows(2), guests=[1]).shape == (2, WIDTH)
+    host.close()
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        host.run(1, 0, [(2, 1)], rows(1), guests=[2])
+
+
 def test_calls_run_while_an_expert_is_read(
     olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,8 +26,8 @@ from expert_cases import (
     tokens_of,
     wanted_rows,
 )
-from expert_fleet import DEVICES, NODES, expert_spec
-from expert_routes import open_hosts, spread
+from expert_fleet import DEVICES, NODES, ExpertFleet, expert_spec
+from expert_routes import GuestRoutes, open_hosts, spread
 from identity import check_identical, generate
 from mutations import damaged_bytes, damaged_value, each_damaged
 from tiny_models import MOE, num_experts
@@ -94,6 +94,43 @@ def test_many_rows_go_straight_to_their_devices(
     assert torch.equal(got, wanted_rows(fleet))
     # Two experts each: 3 + 4, 2, 5 + 6 and 1 + 1 rows, of which 5 at most go together.
     assert links.messages_sent == 2 + 1 + 2 + 1
+
+
+def with_guests(fleet: ExpertFleet) -> GuestRoutes:
+    """Experts 0 and 2 as guests, one on each node."""
+    routes = fleet.routes
+    guests = {
+        expert: next(device for device in devices if device not in routes.holders[expert])
+        for expert, devices in zip((0, 2), NODES.values(), strict=True)
+    }
+    return GuestRoutes(routes.version, routes.holders, routes.nodes, guests)
+
+
+@pytest.mark.parametrize("direct_bytes", [2**20, 5 * 48 * 4])
+def test_guests_are_taken_in_for_the_rows_that_bring_them(
+    direct_bytes: int, open_fleet: OpenFleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = open_fleet(spare=2, num_guests=2)
+    links = fleet.links()
+    wanted = wanted_rows(fleet)
+    monkeypatch.setattr("actors.expert_links.DIRECT_BYTES", direct_bytes)
+
+    links.use(with_guests(fleet))
+
+    assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted)
+    assert sum(worker._host.num_taken_in for worker in fleet.workers.values()) == 2
+    assert links.num_repeated == 0
+
+
+def test_where_guests_are_refused_rows_go_where_their_experts_are(open_fleet: OpenFleet) -> None:
+    fleet = open_fleet(spare=2)
+    links = fleet.links()
+    wanted = wanted_rows(fleet)
+
+    links.use(with_guests(fleet))
+
+    assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted)
+    assert links.num_repeated == 1
 
 
 def test_experts_of_this_process_need_no_message(open_fleet: OpenFleet) -> None:

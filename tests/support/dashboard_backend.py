@@ -241,5 +241,6 @@ def sharded_experts(now_unix_s: float, device_ids: tuple[str, ...] = DEVICES) ->
             {"at_s": now_unix_s - 4, "version": 7, "reason": "expert 9 is hot", "copies": new},
         ],
         "copies": dict(zip(device_ids, (200, 120, 66), strict=True)),
+        "guests": {device_ids[0]: 12, device_ids[1]: 0},
         "recoveries": [{"device_id": device_ids[2], "seconds": 0.21, "reason": "it was killed"}],
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.expert_calls import Piece
@@ -20,7 +20,9 @@ class EvenRoutes:
     holders: Sequence[Sequence[str]]
     nodes: Sequence[ExpertNode] = ()
 
-    def split(self, layer: int, counts_E: Sequence[int]) -> list[Piece]:
+    def split(
+        self, layer: int, counts_E: Sequence[int], *, with_guests: bool = True
+    ) -> list[Piece]:
         """Cut an expert's rows evenly; who comes first is another replica in every layer."""
         pieces = []
         for expert, count in enumerate(counts_E):
@@ -33,6 +35,25 @@ class EvenRoutes:
 
     def held_by(self, device: str) -> list[int]:
         return [expert for expert, devices in enumerate(self.holders) if device in devices]
+
+
+@dataclass(frozen=True)
+class GuestRoutes(EvenRoutes):
+    """The rows of some experts, by expert, go to a device that does not hold it."""
+
+    guests: Mapping[int, str] = field(default_factory=dict)
+
+    def split(
+        self, layer: int, counts_E: Sequence[int], *, with_guests: bool = True
+    ) -> list[Piece]:
+        brought = self.guests if with_guests else {}
+        pieces = [piece for piece in super().split(layer, counts_E) if piece.expert not in brought]
+        pieces += [
+            Piece(device, expert, counts_E[expert], is_guest=True)
+            for expert, device in brought.items()
+            if counts_E[expert]
+        ]
+        return sorted(pieces, key=lambda piece: piece.expert)
 
 
 def spread(

@@ -27,7 +27,7 @@ CALL = ExpertCall(
     7, 3, 12, "0123456789abcdef", "ipc:///tmp/motley-x/inbox", 2.5,
     (
         Portion("gpu0", (ExpertRows(0, 4), ExpertRows(9, 1))),
-        Portion("gpu1", (ExpertRows(9, 2),)),
+        Portion("gpu1", (ExpertRows(9, 2),), (3, 9)),
     ),
 )  # fmt: skip
 
@@ -39,7 +39,9 @@ class Given:
     pieces: Sequence[Piece]
     version: int = 5
 
-    def split(self, layer: int, counts_E: Sequence[int]) -> Sequence[Piece]:
+    def split(
+        self, layer: int, counts_E: Sequence[int], *, with_guests: bool = True
+    ) -> Sequence[Piece]:
         return self.pieces
 
 
@@ -64,6 +66,8 @@ def test_a_call_survives_the_wire() -> None:
         {"portions": (Portion("gpu0", (ExpertRows(0, 0),)),)},
         {"portions": (Portion("gpu0", (ExpertRows(2, 1), ExpertRows(1, 1))),)},
         {"portions": (Portion("gpu0", (ExpertRows(2, 1), ExpertRows(2, 1))),)},
+        {"portions": (Portion("gpu0", (ExpertRows(2, 1),), (-1,)),)},
+        {"portions": (Portion("gpu0", (ExpertRows(2, 1),), (3, 3)),)},
         {"portions": (Portion("", (ExpertRows(2, 1),)),)},
         {"portions": (Portion("gpu0", (ExpertRows(0, 2**31 - 1), ExpertRows(1, 1))),)},
     ],
@@ -114,21 +118,35 @@ def test_each_row_is_in_one_share(data: st.DataObject) -> None:
         assert all(a.end < b.start for a, b in pairwise(spans))
 
 
-@given(st.lists(st.integers(0, 9), min_size=2, max_size=8), st.integers(1, 12))
-def test_a_share_is_cut_between_experts(counts: list[int], most_rows: int) -> None:
+@given(
+    st.lists(st.integers(0, 9), min_size=2, max_size=8),
+    st.integers(1, 12),
+    st.sets(st.integers(0, 7)),
+)
+def test_a_share_is_cut_between_experts_and_guests_come_last(
+    counts: list[int], most_rows: int, guests: set[int]
+) -> None:
     pieces = []
     for expert, count in enumerate(counts):
         half = count // 2
-        pieces += [Piece(d, expert, n) for d, n in (("a", half), ("b", count - half)) if n]
+        of_b = Piece("b", expert, count - half, expert in guests)
+        pieces += [piece for piece in (Piece("a", expert, half), of_b) if piece.rows]
 
     for share in shares(counts, Given(pieces), 0):
         parts = cut(share, most_rows)
 
-        assert [e for part in parts for e in part.portion.experts] == [*share.portion.experts]
-        wanted = [row for span in share.spans for row in range(*span)]
+        brought = share.portion.guests
+        order = sorted(share.portion.experts, key=lambda each: (each.expert in brought, each))
+        assert [e for part in parts for e in part.portion.experts] == order
+        rows_of = {}
+        left = [row for span in share.spans for row in range(*span)]
+        for expert, num_rows in share.portion.experts:
+            rows_of[expert], left = left[:num_rows], left[num_rows:]
+        wanted = [row for expert, _ in order for row in rows_of[expert]]
         assert [row for part in parts for span in part.spans for row in range(*span)] == wanted
         for portion, spans in parts:
             assert portion.device == share.portion.device
+            assert portion.guests == brought == tuple(sorted(brought))
             assert sum(end - start for start, end in spans) == portion.num_rows
             assert portion.num_rows <= most_rows or len(portion.experts) == 1
 

@@ -93,7 +93,7 @@ STAGE_REPORT = {
 }  # fmt: skip
 EXPERTS_REPORT = {
     "experts": "gpu0", "versions": [3], "busy_s": 0.5, "predicted_s": 0.4, "calls": 7,
-    "late_s": 0.0, "link_bytes": 640,
+    "late_s": 0.0, "guests": 2, "link_bytes": 640,
 }  # fmt: skip
 LANE_REPORT = {
     "lane": 0, "link_bytes": 1, "adapter_switch_s": 0.0, "running": 1, "waiting": 0,

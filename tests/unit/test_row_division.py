@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from placement.experts import ExpertDevice
 from placement.sharding.division import Part, RowDivision
 from placement.sharding.expert_map import ExpertMap, weighted_layer
+from placement.sharding.reactive import ReactiveTerms
 
 NUM_EXPERTS = 4
 
@@ -64,6 +66,27 @@ def test_rows_of_experts_without_replicas_go_where_they_are() -> None:
             (expert, rows) for expert, rows in enumerate(counts) if rows
         ]
         assert all(part.device_id == ("a" if part.expert < 2 else "b") for part in parts)
+
+
+def surprised(**changes: Any) -> RowDivision:
+    """Two alike devices of one node, of which the first gets most of the rows."""
+    fleet = (device("a", "x"), device("b", "x"))
+    held = [frozenset({0, 1, 2}), frozenset({3, 4, 5})]
+    layer = weighted_layer(held, [1.0] * 6, [1000.0] * 2)
+    made = ExpertMap(version=3, checkpoint="c", num_experts=6, devices=fleet, layers=(layer,))
+    terms: dict[str, Any] = {"num_dynamic": 1, "least_rows": 50, "copy_s": {"x": 0.03}} | changes
+    return RowDivision(made, "x", {}, ReactiveTerms(**terms))
+
+
+def test_experts_that_surprise_the_map_are_guests_elsewhere_on_the_node() -> None:
+    counts = [90, 70, 60, 20, 20, 10]
+    made = surprised()
+
+    stay = [Part("aaabbb"[expert], expert, rows) for expert, rows in enumerate(counts)]
+    assert made.divide(0, counts) == [Part("b", 0, 90, is_guest=True), *stay[1:]]
+    assert made.divide(0, counts, with_guests=False) == stay
+    assert surprised(least_rows=91).divide(0, counts) == stay
+    assert surprised(copy_s={"x": 0.031}).divide(0, counts) == stay, "static work ends before"
 
 
 @given(

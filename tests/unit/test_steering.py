@@ -82,7 +82,7 @@ def test_what_is_told_of_sharded_experts() -> None:
 
     told = experts_document(
         ExpertRebalancer(made, settings), (1, 3), num_maps=3, changes=[change], recoveries=[past],
-        unix_offset_s=1000.0,
+        guests={"b": 2}, unix_offset_s=1000.0,
     )  # fmt: skip
     document = json.loads(json.dumps(told))
 
@@ -92,6 +92,7 @@ def test_what_is_told_of_sharded_experts() -> None:
         "is_moving": False,
         "maps": 3,
         "copies": {"a": 4, "b": 2},
+        "guests": {"b": 2},
         "layers": [1, 3],
         "loads": [[1.0, 1.0], [1.0, 1.0]],
         "replicas": [[1, 2], [1, 2]],
