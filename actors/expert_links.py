@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from typing import NamedTuple, Protocol
@@ -123,6 +124,9 @@ class ExpertLinks:
         self._running: NodeRoutes | None = None
         """What the call that runs was divided by."""
         self._routes: NodeRoutes | None = None
+        self._next: NodeRoutes | None = None
+        """For the step after the one that runs."""
+        self._in_step = False
         self._changed = threading.Condition()
         """Guards the routes and who was lost."""
         self._lost: frozenset[wire.Address] = frozenset()
@@ -148,17 +152,37 @@ class ExpertLinks:
     def bytes_sent(self) -> int:
         return self._closed_bytes + sum(box.bytes_sent for box in self._outboxes.values())
 
-    def use(self, routes: NodeRoutes) -> None:
-        """Divide rows by this map from the next call on; a call that runs ends with its own."""
+    def use(self, routes: NodeRoutes, *, at_once: bool = False) -> None:
+        """Divide rows by this map from the next step on, or at once: from the next call on.
+
+        A call that runs ends with its own; one that has failed goes on with this.
+        """
         with self._changed:
-            self._routes = routes
+            self._next = routes
+            if at_once or not self._in_step:
+                self._change()
             self._changed.notify_all()
 
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Keep to one map for the calls within."""
+        with self._changed:
+            self._in_step = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._in_step = False
+                self._change()
+
     def settle(self, timeout_s: float) -> bool:
-        """Wait until no call runs by another map than that in force; returns whether that is so."""
+        """Wait until no call runs by another map than the newest; returns whether that is so."""
         with self._changed:
             return self._changed.wait_for(
-                lambda: self._running is None or self._running is self._routes, timeout_s
+                lambda: (
+                    self._next is None and (self._running is None or self._running is self._routes)
+                ),
+                timeout_s,
             )
 
     def lose(self, workers: Sequence[wire.Address]) -> None:
@@ -247,11 +271,21 @@ class ExpertLinks:
             self._running = None
             self._changed.notify_all()
 
+    def _change(self) -> None:
+        """Take the next map up, if there is one."""
+        if self._next is not None:
+            self._routes, self._next = self._next, None
+            self._changed.notify_all()
+
     def _another_than(self, failed: NodeRoutes) -> bool:
+        """Wait for a map after a failure, and take it up within the step."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: self._routes is not failed, self._patience.reroute_s
+            came = self._changed.wait_for(
+                lambda: self._next is not None or self._routes is not failed,
+                self._patience.reroute_s,
             )
+            self._change()
+            return came
 
     def _call(
         self,

@@ -226,7 +226,7 @@ class StageWorker:
     def use_experts(
         self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float
     ) -> bool:
-        """Divide rows by this map from the next layer on, beside steps; see `StageExperts.use`."""
+        """Divide rows by this map beside steps; see `StageExperts.use`."""
         return self._elsewhere.use(current, workers, settle_s)
 
     def lose_experts(self, workers: list[wire.Address]) -> None:
@@ -335,10 +335,7 @@ class StageWorker:
                     f"step {batch.step} is of plan {batch.epoch}; it has {[*self._routes]}"
                 )
             hidden = decode_tensor(parts[3], parts[4]) if len(parts) > 4 else None
-            waited_s = 0.0 if self._experts is None else self._experts.begin_step(batch)
-            out = route.slice.forward(batch, hidden)
-            if self._experts is not None:
-                waited_s = self._experts.links.waited_s - waited_s
+            out, waited_s = self._forward(route.slice, batch, hidden)
             occupied_s = self._clock.finish(batch, started_s, route.cost, elsewhere_s=waited_s)
             seconds = msgpack.packb([*seconds_in(parts[2]), occupied_s + waited_s])
             if isinstance(out, StepResult):
@@ -350,6 +347,18 @@ class StageWorker:
             _log.exception("%s failed step %s", self._spec.device.id, batch.step)
             text = f"the stage on {self._spec.device.id}: {error}"
             lane.send([wire.REFUSED, msgpack.packb([batch.step, text])])
+
+    def _forward(
+        self, slice_: StageSlice, batch: StepBatch, hidden: torch.Tensor | None
+    ) -> tuple[torch.Tensor | StepResult, float]:
+        """Run a step; returns also how long it waited for experts elsewhere."""
+        if self._experts is None:
+            return slice_.forward(batch, hidden), 0.0
+        links = self._experts.links
+        waited_s = links.waited_s
+        with self._experts.step(batch):
+            out = slice_.forward(batch, hidden)
+        return out, links.waited_s - waited_s
 
     def _first_progress(self, loaded_fraction: float) -> None:
         self._loaded_fraction = loaded_fraction

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,6 +60,7 @@ class StageExperts:
         self._counting = threading.Lock()
         self._phase: Phase = "prefill"
         self._version = -1
+        self._device_ids: frozenset[str] = frozenset()
         self._using = threading.Lock()
         """Held while the map changes."""
         self.links = ExpertLinks(
@@ -71,24 +73,26 @@ class StageExperts:
             on_rows=self._count,
         )
 
-    def begin_step(self, batch: StepBatch) -> float:
-        """Note what kind of step begins; returns `links.waited_s` of before."""
+    def step(self, batch: StepBatch) -> AbstractContextManager[None]:
+        """Run a step within: its rows are counted by its kind, and divided by one map."""
         is_decode = all(rows.length == 1 for rows in batch.rows)
         self._phase = "decode" if is_decode else "prefill"
-        return self.links.waited_s
+        return self.links.step()
 
     def use(self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float) -> bool:
-        """Divide rows by this map from the next call on; one older than that in force is ignored.
+        """Divide rows by this map from the next step on; one older than that in force is ignored.
 
-        Returns whether no call runs by the map before any more, for which it waits so long.
+        Where a device is no more, from the next layer on. Returns whether no call runs by the map
+        before any more, for which it waits so long.
         """
         access = self._access
         with self._using:
             if current.version <= self._version:
                 return True
             division = RowDivision(current, access.node, access.latency_s, access.guests)
-            self.links.use(MapRoutes(division, access.layers, workers))
-            self._version = current.version
+            is_recovery = not self._device_ids <= set(current.device_ids)
+            self.links.use(MapRoutes(division, access.layers, workers), at_once=is_recovery)
+            self._version, self._device_ids = current.version, frozenset(current.device_ids)
         return self.links.settle(settle_s)
 
     def loads(self) -> dict[Phase, LoadSummary]:

@@ -226,6 +226,35 @@ def test_a_call_on_its_way_ends_with_the_map_it_began_with(
     assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted_rows(fleet, new))
 
 
+def test_a_step_keeps_to_its_map_unless_it_fails(open_fleet: OpenFleet) -> None:
+    fleet = open_fleet(spare=48)
+    links = fleet.links()
+    new = fleet.prepare(spread(DEVICES, 8, version=1, shift=1))
+
+    with links.step():
+        links.use(new)
+        assert not links.settle(0.0)
+        assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted_rows(fleet))
+        assert links.num_repeated == 0
+        # Retired though still in use: as when a step outlasts the wait for it.
+        fleet.swap(1)
+        assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted_rows(fleet, new))
+        assert links.num_repeated == 1
+        assert links.settle(0.0)
+
+    old, newest = fleet.routes, fleet.prepare(spread(DEVICES, 8, version=2, shift=2))
+    fleet.prepare(old)
+    links.use(old)
+    with links.step():
+        links.use(newest)
+    fleet.swap(2)
+    assert links.settle(0.0)
+    assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted_rows(fleet, newest))
+    with links.step():
+        links.use(new, at_once=True)
+        assert links.settle(0.0)
+
+
 # --- what is refused --------------------------------------------------------------------------
 
 
