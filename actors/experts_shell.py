@@ -114,6 +114,10 @@ class ExpertsShell:
         """By the call that reads it."""
         self._starting: dict[Any, Member] = {}
         """Workers in the place of lost ones, by the call that waits for them."""
+        self._unreached: set[str] = set()
+        """Devices that hold nothing until their node answers again."""
+        self._back: SimpleQueue[str] = SimpleQueue()
+        """Nodes that do."""
         self._num_starts: dict[str, int] = {}
         self._started_s: dict[str, float] = {}
         """When its worker was started last, by device."""
@@ -141,6 +145,15 @@ class ExpertsShell:
         """Queue an event; from any thread."""
         self._events.put(event)
 
+    @property
+    def nodes_away(self) -> frozenset[str]:
+        """Nodes whose devices hold no experts since they did not answer."""
+        return frozenset(self._offers[device_id].node for device_id in list(self._unreached))
+
+    def rejoin(self, node: str) -> None:
+        """A node answers again: its devices are to hold experts; from any thread."""
+        self._back.put(node)
+
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
@@ -157,6 +170,7 @@ class ExpertsShell:
         if loss is not None:
             self._lose(loss.member, loss.reason)
         self._end_copies()
+        self._start_on_nodes_back()
         self._take_in_started()
         self._count_steps()
         if time.monotonic() - self._looked_s >= self._settings.window_s:
@@ -187,11 +201,24 @@ class ExpertsShell:
             self._num_starts.pop(device_id, None)
         self._started_s[device_id] = now_s
         self._num_starts[device_id] = self._num_starts.get(device_id, 0) + 1
-        if self._num_starts[device_id] > MOST_STARTS or not self._hooks.is_node_alive(node):
+        if self._num_starts[device_id] > MOST_STARTS:
             _log.error("device %s holds no experts any more; restart motley to use it", device_id)
+            return
+        if not self._hooks.is_node_alive(node):
+            _log.error("device %s holds no experts until its node %s answers", device_id, node)
+            self._unreached.add(device_id)
             return
         worker = self._crew.start_worker(device_id)
         self._starting[worker.actor.ready.remote()] = worker
+
+    def _start_on_nodes_back(self) -> None:
+        while not self._back.empty():
+            node = self._back.get()
+            for device_id in sorted(self._unreached):
+                if self._offers[device_id].node == node:
+                    self._unreached.discard(device_id)
+                    self._num_starts.pop(device_id, None)
+                    self._start_again(device_id)
 
     def _take_in_started(self) -> None:
         for call in _done(self._starting):

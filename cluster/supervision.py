@@ -318,6 +318,7 @@ class Supervisor:
                 hosts = await asyncio.to_thread(find_hosts, may_grow=self._may_grow)
                 for node in sorted({device.node for device in self._topology.devices}):
                     await self._look_at(node, hosts.get(node))
+                    await self._look_for_experts(node, hosts.get(node))
                 if self._config.devices is None:
                     await self._find_new(hosts)
             except Exception as error:  # noqa: BLE001 - the next look may go better
@@ -334,6 +335,14 @@ class Supervisor:
             self._away.discard(node)
             self._fleet.hosts[node] = host
             self._join(node)
+
+    async def _look_for_experts(self, node: str, host: Host | None) -> None:
+        """Have a node hold experts again that did not answer for a while."""
+        shell = self._experts
+        if shell is None or node not in shell.nodes_away or host != self._fleet.hosts[node]:
+            return
+        if await asyncio.to_thread(_answers, host):
+            shell.rejoin(node)
 
     def _is_away(self, node: str) -> bool:
         return node in self._away or node in self._shell.controller.away
