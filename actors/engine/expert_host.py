@@ -143,17 +143,7 @@ class ExpertHost:
             if not guests:
                 return self._slots.run(layer, experts, rows_SH)
             self._take_in(layer, guests)
-            ends = accumulate((rows for _, rows in experts), initial=0)
-            spans = dict(zip((e for e, _ in experts), map(Span._make, pairwise(ends)), strict=True))
-            out_SH = torch.empty_like(rows_SH)
-            for are_guests in (False, True):
-                chosen = [each for each in experts if (each[0] in guests) == are_guests]
-                if chosen:
-                    own = [spans[expert] for expert, _ in chosen]
-                    if are_guests:
-                        self._await_guests(layer, [expert for expert, _ in chosen])
-                    scatter(out_SH, own, self._slots.run(layer, chosen, gather(rows_SH, own)))
-            return out_SH
+            return self._run_guests_last(layer, experts, rows_SH, guests)
 
     def backward(
         self,
@@ -216,6 +206,26 @@ class ExpertHost:
         self._guests.pop(key).exception()
         if key not in self._fetched.union(*self._versions.values()):
             self._slots.drop(*key)
+
+    def _run_guests_last(
+        self,
+        layer: int,
+        experts: Sequence[tuple[int, int]],
+        rows_SH: torch.Tensor,
+        guests: Sequence[int],
+    ) -> torch.Tensor:
+        ends = accumulate((rows for _, rows in experts), initial=0)
+        placed = list(zip(experts, map(Span._make, pairwise(ends)), strict=True))
+        out_SH = torch.empty_like(rows_SH)
+        for are_guests in (False, True):
+            own = [each for each in placed if (each[0][0] in guests) == are_guests]
+            if not own:
+                continue
+            chosen, spans = [each for each, _ in own], [span for _, span in own]
+            if are_guests:
+                self._await_guests(layer, [expert for expert, _ in chosen])
+            scatter(out_SH, spans, self._slots.run(layer, chosen, gather(rows_SH, spans)))
+        return out_SH
 
     def _await_guests(self, layer: int, experts: Sequence[int]) -> None:
         for expert in experts:
