@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import ray
+from expert_loads import hot
 from identity import check_identical
 from leftovers import nothing_left_behind
 
@@ -22,7 +22,6 @@ from actors.experts_shell import ExpertsShell
 from actors.losses import Member
 from cluster.controller_log import expert_log_file, read_expert_log
 from placement.sharding.expert_map import ExpertMap
-from placement.sharding.loads import LoadSummary
 from placement.sharding.log import replay
 from placement.sharding.rebalance_values import LoadsMeasured, MapInForce, RebalanceRequested
 from tests.local_ray.conftest import Served, make_config, serving
@@ -241,21 +240,6 @@ def test_requests_go_on_when_a_stage_and_a_worker_are_killed_at_once(
 
 
 # --- moving -----------------------------------------------------------------------------------
-
-
-def hot(num_layers: int, num_experts: int, first: int) -> LoadSummary:
-    """Loads of which nearly all go to a quarter of the experts."""
-    rows_LE = np.full((num_layers, num_experts), 0.05)
-    for i in range(num_experts // 4):
-        rows_LE[:, (first + i) % num_experts] = 3.0
-    steps_L = np.full(num_layers, 1000)
-    return LoadSummary(
-        steps_L=steps_L,
-        mean_rows_LE=rows_LE,
-        recent_rows_LE=rows_LE,
-        recent_steps_L=steps_L,
-        drift_L=np.ones(num_layers),
-    )
 
 
 def parted(
