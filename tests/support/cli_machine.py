@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINT = ROOT / "deploy" / "checkpoints" / "tiny-qwen3"
 NAME = "cli-test"
 DEADLINE_S = 180.0
-GONE_DEADLINE_S = 30.0
+GONE_DEADLINE_S = 60.0
 
 
 class Machine:
