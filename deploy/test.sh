@@ -18,4 +18,12 @@ say "layers"
 say "types"
 .venv/bin/mypy
 say "tests"
-.venv/bin/python -m pytest -m "not gpu" --durations=25 "$@"
+if [[ $# -gt 0 ]]; then
+    exec .venv/bin/python -m pytest -m "not gpu" "$@"
+fi
+failed=0
+# Those of one process share the cores; those that start Ray would miss their deadlines.
+.venv/bin/python -m pytest -m "not gpu" --durations=15 -n 2 tests/engine tests/unit || failed=1
+.venv/bin/python -m pytest -m "not gpu" --durations=25 tests/hosts tests/local_ray tests/system ||
+    failed=1
+exit "$failed"

@@ -68,7 +68,7 @@ def shard_config(
 
 LAYOUTS = {
     "1 device": ((6,), (64 * MIB,)),
-    "2 devices": ((4, 2), (20 * MIB, 16 * MIB)),
+    "2 devices": ((4, 2), (21 * MIB, 17 * MIB)),
     "4 devices": ((2, 0, 4, 0), (20 * MIB, 8 * MIB, 24 * MIB, 12 * MIB)),
 }
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NUM_NEW)
