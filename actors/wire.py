@@ -41,6 +41,7 @@ FAIL = b"fail"
 ADAPTER = b"adapter"
 EXPERTS = b"experts"
 EXPERT_GRADIENTS = b"expert gradients"
+ROW_GRADIENTS = b"row gradients"
 ROWS = b"rows"
 
 MAX_PART_BYTES = 256 * 2**20

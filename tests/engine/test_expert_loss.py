@@ -177,6 +177,8 @@ def test_generation_survives_a_killed_process_and_names_the_last_one(
 class Interrupted:
     """A dispatcher before whose n-th call something happens."""
 
+    is_frozen = False
+
     def __init__(self, links: ExpertLinks, number: int, happen: Callable[[], None]) -> None:
         self._links = links
         self._left = number
