@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 
 from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from placement.costs import expert_weight_bytes
 from placement.shards import (
     ShardsPlan,
     plan_shards,
@@ -162,8 +161,7 @@ def plan_serving(config: MotleyConfig, profile: ModelProfile, topology: Topology
         stages = make_plan(config, profile, topology)
         return ServingPlan(stages=stages, profile=profile, topology=topology, shards=None)
     shards = make_shards(config, profile, topology)
-    bytes_each = expert_weight_bytes(profile.layers[shards.expert_layers[0]])
-    kept = {device.id: shards.num_slots(device) * bytes_each for device in shards.devices}
+    kept = shards.kept_bytes(profile)
     # What a stage does not need is for experts, so lanes have the KV that was planned.
     most_kv_tokens = min(shards.stages.kv_tokens_capacity, serving_workload(config).kv_tokens)
     return ServingPlan(
@@ -200,13 +198,8 @@ def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology)
         InfeasiblePlanError: Nothing fits.
     """
     forced = config.plan.layer_counts is not None
-    gpus = Counter(device.node for device in topology.devices if device.kind == "cuda")
-    for node, count in gpus.items():
-        if count > 1 and config.plan.experts == "shards":
-            raise ConfigError(
-                f"plan.experts: shards takes one GPU a node so far, {node} has {count}; set "
-                "plan.experts: stages, or name one device of each node in `devices`"
-            )
+    if config.plan.experts == "shards":
+        check_one_gpu_a_node(topology, "plan.experts: shards", "plan.experts: stages")
     with settings_errors():
         return plan_shards(
             profile,
@@ -219,6 +212,21 @@ def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology)
             spare_slots=config.plan.spare_experts + config.plan.guest_experts,
             num_spread=config.plan.spread_experts,
         )
+
+
+def check_one_gpu_a_node(topology: Topology, setting: str, instead: str) -> None:
+    """Refuse what a stage and a worker cannot share out; names the setting, and another.
+
+    Raises:
+        ConfigError: A node has several GPUs.
+    """
+    gpus = Counter(device.node for device in topology.devices if device.kind == "cuda")
+    for node, count in gpus.items():
+        if count > 1:
+            raise ConfigError(
+                f"{setting} takes one GPU a node so far, {node} has {count}; set {instead}, or "
+                "name one device of each node in `devices`"
+            )
 
 
 @contextmanager
