@@ -117,7 +117,6 @@ class StageWorker(ExpertUser):
             # What is loaded stays: a full collection that walks it would stop the steps for 0.3 s.
             gc.collect()
             gc.freeze()
-            wire.sweep()  # what killed processes of this host have left
             # Last: a stage that cannot load leaves no socket behind.
             self._inbox = wire.Inbox(name, keys, host=spec.host, beside=monitor)
         except BaseException:

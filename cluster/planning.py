@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
 from placement.shards import (
+    ExpertShards,
     ShardsPlan,
     plan_shards,
+    plan_training_shards,
     topology_of_stages,
     without_experts,
 )
@@ -168,6 +170,44 @@ def plan_serving(config: MotleyConfig, profile: ModelProfile, topology: Topology
         stages=replace(shards.stages, kv_tokens_capacity=most_kv_tokens),
         profile=without_experts(profile),
         topology=topology_of_stages(topology, kept, config.plan.headroom_fraction),
+        shards=shards,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPool:
+    """The model and the devices as slots of training see them, and where frozen experts are."""
+
+    profile: ModelProfile
+    topology: Topology
+    shards: ExpertShards | None
+    """None: experts, if there are any, come to a device with their layer."""
+
+
+def training_pool(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> TrainingPool:
+    """Plan where experts are while the model trains, as `training.experts` says.
+
+    Raises:
+        ConfigError: The settings do not suit the model or the devices.
+        InfeasiblePlanError: One copy of every expert does not fit.
+    """
+    load, settings = config.training, config.plan
+    if load.experts == "layers":
+        return TrainingPool(profile=profile, topology=topology, shards=None)
+    check_one_gpu_a_node(topology, "training.experts: shards", "training.experts: layers")
+    with settings_errors():
+        shards = plan_training_shards(
+            profile,
+            topology,
+            rows=load.sequences_per_micro_batch * load.sequence_tokens,
+            headroom_fraction=settings.headroom_fraction,
+            spare_slots=settings.spare_experts + settings.guest_experts,
+            num_spread=settings.spread_experts,
+        )
+    kept = shards.kept_bytes(profile)
+    return TrainingPool(
+        profile=without_experts(profile),
+        topology=topology_of_stages(topology, kept, settings.headroom_fraction),
         shards=shards,
     )
 

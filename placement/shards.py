@@ -290,8 +290,8 @@ def _expert_layers(profile: ModelProfile) -> list[int]:
     layers = [index for index, layer in enumerate(profile.layers) if layer.routed_bytes]
     if not layers:
         raise ValueError(
-            f"{profile.name} has no routed experts; plan its stages alone (plan.experts: stages, or "
-            "training.experts: layers)"
+            f"{profile.name} has no routed experts; plan its stages alone (plan.experts: stages; "
+            "to train, training.experts: layers)"
         )
     kinds = {(profile.layers[i].num_experts, profile.layers[i].routed_bytes) for i in layers}
     if len(kinds) > 1:

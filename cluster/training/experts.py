@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import ray
 from ray.exceptions import RayError
@@ -23,17 +22,11 @@ from actors.hosting import FleetError, Host, end_for_certain
 from actors.losses import Member, cause_of
 from actors.trainer import ExpertPlace
 from cluster.expert_shards import crew_spec, rebalance_settings
-from cluster.planning import check_one_gpu_a_node, settings_errors
 from cluster.profile import LOCAL
 from cluster.training.errors import TrainingError
 from cluster.training.job import TrainingJob
 from placement.sharding.rebalancer import ExpertRebalancer
-from placement.shards import (
-    ExpertShards,
-    plan_training_shards,
-    topology_of_stages,
-    without_experts,
-)
+from placement.shards import ExpertShards
 from placement.stages import StagesPlan
 from placement.topology import Device, Topology
 from placement.workload import ModelProfile
@@ -46,71 +39,32 @@ _POLL_S = 1.0
 _STOP_TIMEOUT_S = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingShards:
-    """Where frozen experts are, and what is left to train with."""
-
-    shards: ExpertShards
-    whole_profile: ModelProfile
-    whole_topology: Topology
-    profile: ModelProfile
-    """What slots are planned for."""
-    topology: Topology
-    """What they are planned on."""
-
-
-def plan_shards_of(job: TrainingJob, profile: ModelProfile, topology: Topology) -> TrainingShards:
-    """Plan where experts are; `profile` and `topology` are whole.
-
-    Raises:
-        ConfigError: A node has several GPUs, or the model no experts.
-        InfeasiblePlanError: One copy of every expert does not fit.
-    """
-    check_one_gpu_a_node(topology, "training.experts: shards", "training.experts: layers")
-    settings, load = job.config.plan, job.settings
-    with settings_errors():
-        shards = plan_training_shards(
-            profile,
-            topology,
-            rows=load.sequences_per_micro_batch * load.sequence_tokens,
-            headroom_fraction=settings.headroom_fraction,
-            spare_slots=settings.spare_experts + settings.guest_experts,
-            num_spread=settings.spread_experts,
-        )
-    kept = shards.kept_bytes(profile)
-    return TrainingShards(
-        shards,
-        profile,
-        topology,
-        without_experts(profile),
-        topology_of_stages(topology, kept, settings.headroom_fraction),
-    )
-
-
 class TrainingExperts:
     """Workers with frozen experts, and who uses them; alive as long as the run."""
 
     def __init__(
         self,
         job: TrainingJob,
-        planned: TrainingShards,
+        shards: ExpertShards,
+        profile: ModelProfile,
+        topology: Topology,
         hosts: Mapping[str, Host],
         *,
         dtype: str,
         on_fatal: Callable[[str], None],
     ) -> None:
-        """`on_fatal` is called from another thread. `stop` closes what is opened here."""
+        """`profile` and `topology` are whole, `on_fatal` is called from another thread. `stop`
+        closes what is opened here."""
         engine = job.config.engine.model_copy(update={"dtype": dtype})
         config = job.config.model_copy(update={"engine": engine})
         self._hosts = dict(hosts)
         self._keys = wire.WireKeys.make()
         self._inbox = wire.Inbox("training", self._keys, host=self._hosts[LOCAL].address)
-        profile, shards = planned.whole_profile, planned.shards
         spec = crew_spec(
             config,
             job.checkpoint,
             profile,
-            planned.whole_topology,
+            topology,
             shards,
             is_frozen=True,
             longest_s=_ANSWER_TIMEOUT_S,

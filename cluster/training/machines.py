@@ -28,7 +28,7 @@ from actors.pool_values import PoolDeviceSpec
 from actors.trainer import ExpertPlace
 from actors.weights import WeightHostSpec
 from cluster.inventory import find_hosts, find_joined
-from cluster.planning import dtype_bytes
+from cluster.planning import dtype_bytes, training_pool
 from cluster.training.checkpoints import TrainingState
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.events import (
@@ -39,7 +39,7 @@ from cluster.training.events import (
     TrainingPlanned,
 )
 from cluster.training.executor import ExecutorHooks, SlotExecutor
-from cluster.training.experts import TrainingExperts, TrainingShards, plan_shards_of
+from cluster.training.experts import TrainingExperts
 from cluster.training.hosts import WeightHosts
 from cluster.training.job import TrainingJob
 from cluster.training.planner import RunPlanner
@@ -73,7 +73,6 @@ class Machines:
         trace: bool,
     ) -> None:
         self._job = job
-        self._topology = topology
         self._hosts = dict(hosts)
         self._tell = on_event
         self.dtype = _compute_dtype(job, topology)
@@ -82,12 +81,10 @@ class Machines:
         if job.state is not None:
             job.state.check_same(self._fixed)
         width = getattr(torch, self.dtype).itemsize
-        self._profile = job.checkpoint.profile(dtype_bytes=width)
-        self._shards: TrainingShards | None = None
-        """Where experts are sharded: profile and topology are those without them."""
-        if job.settings.experts == "shards":
-            self._shards = plan_shards_of(job, self._profile, topology)
-            self._profile, self._topology = self._shards.profile, self._shards.topology
+        self._whole = job.checkpoint.profile(dtype_bytes=width), topology
+        """The model and the devices; without experts that are elsewhere they are those below."""
+        pool = training_pool(job.config, *self._whole)
+        self._profile, self._topology, self._shards = pool.profile, pool.topology, pool.shards
         self._experts: TrainingExperts | None = None
         self._planner = RunPlanner(_planned_config(job), self._profile, self._topology)
         self.plan = self._planner.first
@@ -119,7 +116,12 @@ class Machines:
                 loop.call_soon_threadsafe(lambda: self.executor.fail(error))
 
             self._experts = TrainingExperts(
-                self._job, self._shards, self._hosts, dtype=self.dtype, on_fatal=fail
+                self._job,
+                self._shards,
+                *self._whole,
+                self._hosts,
+                dtype=self.dtype,
+                on_fatal=fail,
             )
             await self._experts.start()
         specs = [self._spec(device) for device in self._topology.devices if self._is_used(device)]
