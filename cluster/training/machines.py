@@ -161,6 +161,15 @@ class Machines:
             stop_devices(devices)
             raise TrainingError(str(error)) from error
 
+    async def _is_introduced(self, device: StartedDevice) -> bool:
+        """Whether a device that is back can be used; it is stopped otherwise."""
+        try:
+            await self._introduce([device])
+        except TrainingError as error:
+            _log.warning("device %s does not come back: %s", device.spec.device.id, error)
+            return False
+        return True
+
     async def load(self, folder: Path | None, step: int) -> None:
         """Bring every trained unit to what a step folder holds; None: to the model's own."""
         self.weights.resume_at(step)
@@ -391,8 +400,7 @@ class Machines:
             self._hosts = await asyncio.to_thread(find_hosts)
             for device in missing:
                 started = await start_again(self._spec(device), self._hosts, self._place)
-                if started is not None:
-                    await self._introduce([started])
+                if started is not None and await self._is_introduced(started):
                     self._use(started)
                     self._outdated.set()
                     self._tell(DeviceJoined(device_id=device.id))
