@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from expert_cases import (
     NUM_NEW,
     SHORT,
     OpenFleet,
-    fleets,
     prompts,
     rows,
     tokens_of,
@@ -39,12 +38,6 @@ from actors.engine.fingerprint import expert_fingerprint
 from actors.expert_links import ExpertCallError, ExpertLinks, ExpertNode, Patience
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def open_fleet(checkpoint_dir: Callable[..., Path]) -> Iterator[OpenFleet]:
-    with fleets(checkpoint_dir) as make:
-        yield make
 
 
 # --- losing workers ---------------------------------------------------------------------------
@@ -258,3 +251,22 @@ def test_a_failed_backward_is_not_sent_again(open_fleet: OpenFleet) -> None:
     with pytest.raises(ExpertCallError, match="f1 did not answer"):
         links.backward(LAYER, COUNTS, rows(), rows(1))
     assert links.num_repeated == 0
+
+
+def test_a_failed_backward_through_frozen_experts_is_sent_again(open_fleet: OpenFleet) -> None:
+    fleet = open_fleet("olmoe", 2)
+    wanted = fleet.links().backward(LAYER, COUNTS, rows(), rows(1))
+    for worker in fleet.workers.values():
+        worker.take_gradients()
+    links = fleet.links(
+        patience=replace(SHORT, reroute_s=LONG_S),
+        is_frozen=True,
+        on_failure=lambda _: links.use(without(fleet.routes, "f1")),
+    )
+    fleet.workers["f1"].stop()
+
+    got = links.backward(LAYER, COUNTS, rows(), rows(1))
+
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    assert links.num_repeated == 1
+    assert all(worker.take_gradients() == {} for worker in fleet.workers.values())
