@@ -258,11 +258,12 @@ def test_a_failed_backward_through_frozen_experts_is_sent_again(open_fleet: Open
     wanted = fleet.links().backward(LAYER, COUNTS, rows(), rows(1))
     for worker in fleet.workers.values():
         worker.take_gradients()
-    links = fleet.links(
-        patience=replace(SHORT, reroute_s=LONG_S),
-        is_frozen=True,
-        on_failure=lambda _: links.use(without(fleet.routes, "f1")),
-    )
+
+    def take_over(_: ExpertError) -> None:
+        links.use(without(fleet.routes, "f1"))
+
+    patience = replace(SHORT, reroute_s=LONG_S)
+    links = fleet.links(patience=patience, is_frozen=True, on_failure=take_over)
     fleet.workers["f1"].stop()
 
     got = links.backward(LAYER, COUNTS, rows(), rows(1))
