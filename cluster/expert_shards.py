@@ -54,7 +54,7 @@ def crew_spec(
         engine=config.engine,
         devices={device.id: device for device in topology.devices},
         num_slots={device.id: shards.num_slots(device) for device in shards.devices},
-        num_guests=0 if guests is None else guests.num_buffers,
+        num_guests={device.id: shards.num_guests(device) for device in shards.devices},
         layers=shards.expert_layers,
         map=made,
         access={

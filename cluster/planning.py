@@ -201,7 +201,8 @@ def training_pool(config: MotleyConfig, profile: ModelProfile, topology: Topolog
             topology,
             rows=load.sequences_per_micro_batch * load.sequence_tokens,
             headroom_fraction=settings.headroom_fraction,
-            spare_slots=settings.spare_experts + settings.guest_experts,
+            spare_slots=settings.spare_experts,
+            guest_slots=settings.guest_experts,
             num_spread=settings.spread_experts,
         )
     kept = shards.kept_bytes(profile)
@@ -249,7 +250,8 @@ def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology)
             objective=config.plan.objective,
             layer_counts=config.plan.layer_counts,
             device_order="given" if forced else config.plan.device_order,
-            spare_slots=config.plan.spare_experts + config.plan.guest_experts,
+            spare_slots=config.plan.spare_experts,
+            guest_slots=config.plan.guest_experts,
             num_spread=config.plan.spread_experts,
         )
 

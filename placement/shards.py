@@ -53,6 +53,8 @@ class ExpertShards:
     """All that the experts were planned over, by node, then id; also those that hold none."""
     spare_slots: int
     """Experts for which each device keeps room beside those it holds."""
+    guest_slots: int
+    """And for so many guests (`placement.sharding.reactive`) where devices share a node."""
     expert_layers: tuple[int, ...]
     """The model's layer of each layer of `experts`."""
 
@@ -61,7 +63,12 @@ class ExpertShards:
         if not device.slots_per_layer:
             return 0
         most = min(device.slots_per_layer, len(self.experts.holdings(0)))
-        return most * len(self.expert_layers) + self.spare_slots
+        return most * len(self.expert_layers) + self.spare_slots + self.num_guests(device)
+
+    def num_guests(self, device: ExpertDevice) -> int:
+        """Return for how many guests a device has room: they come from others of its node."""
+        nodes = [other.node for other in self.devices]
+        return _num_guests(nodes, device.node, self.guest_slots)
 
     def kept_bytes(self, profile: ModelProfile) -> dict[str, int]:
         """Return by device what experts take of its memory; `profile` is of the whole model."""
@@ -118,11 +125,13 @@ def plan_shards(
     layer_counts: Sequence[int] | None = None,
     expert_load: NDArray[np.float64] | None = None,
     spare_slots: int = 0,
+    guest_slots: int = 0,
     num_spread: int = 0,
 ) -> ShardsPlan:
     """Cut the dense part into stages, then spread the experts over the memory that is left.
 
-    Every device keeps room for `spare_slots` experts of any layer, on the move or guests. The
+    Every device keeps room for `spare_slots` experts of any layer on the move, and devices that
+    share a node for `guest_slots` guests. The
     `num_spread` hottest experts of a layer are held on two nodes while slots allow.
     `expert_load` [layers with experts, experts]: how often each is chosen, in any unit; None:
     equally often. Experts are balanced by rows, or by activated experts where reading their
@@ -147,9 +156,14 @@ def plan_shards(
     # What arrives at a shard and what its experts make of it.
     activation_bytes = ACTIVATION_ROWS * profile.hidden_bytes_per_token * workload.step_tokens
     # What is not for slots on every device.
-    kept_bytes = spare_slots * expert_weight_bytes(kind)
-    held_bytes = {d.id: activation_bytes + kept_bytes for d in topology.devices}
-    held_bytes |= {stage.device_id: stage.need_bytes + kept_bytes for stage in stages.stages}
+    nodes = [device.node for device in topology.devices]
+    bytes_each = expert_weight_bytes(kind)
+    kept_bytes = {
+        device.id: (spare_slots + _num_guests(nodes, device.node, guest_slots)) * bytes_each
+        for device in topology.devices
+    }
+    held_bytes = {d.id: activation_bytes + kept_bytes[d.id] for d in topology.devices}
+    held_bytes |= {s.device_id: s.need_bytes + kept_bytes[s.device_id] for s in stages.stages}
     devices = _expert_devices(
         topology, stages, kind, len(layers), workload, held_bytes, headroom_fraction
     )
@@ -161,7 +175,7 @@ def plan_shards(
         num_spread=num_spread,
     )
     made = _assemble(profile, topology, workload, stages, experts, layers, devices)
-    return replace(made, spare_slots=spare_slots)
+    return replace(made, spare_slots=spare_slots, guest_slots=guest_slots)
 
 
 def plan_training_shards(
@@ -171,6 +185,7 @@ def plan_training_shards(
     rows: int,
     headroom_fraction: float = 0.1,
     spare_slots: int = 0,
+    guest_slots: int = 0,
     num_spread: int = 0,
 ) -> ExpertShards:
     """Spread frozen experts over half of every device's memory; slots of training have the rest.
@@ -184,10 +199,12 @@ def plan_training_shards(
     layers = _expert_layers(profile)
     kind = profile.layers[layers[0]]
     bytes_each = expert_weight_bytes(kind)
+    nodes = [device.node for device in topology.devices]
     devices = []
     for device in topology.devices:
         cap_bytes = memory_cap_bytes(device.memory_bytes, headroom_fraction)
-        free_bytes = int(cap_bytes * _EXPERTS_SHARE) - spare_slots * bytes_each
+        others = spare_slots + _num_guests(nodes, device.node, guest_slots)
+        free_bytes = int(cap_bytes * _EXPERTS_SHARE) - others * bytes_each
         devices.append(
             ExpertDevice(
                 id=device.id,
@@ -206,6 +223,7 @@ def plan_training_shards(
         ),
         devices=tuple(sorted(devices, key=lambda device: (device.node, device.id))),
         spare_slots=spare_slots,
+        guest_slots=guest_slots,
         expert_layers=tuple(layers),
     )
 
@@ -284,6 +302,11 @@ def _routed_share(layer: LayerCost) -> float:
     """Share of a row's FLOPs that its chosen experts do: FLOPs go with the weights they use."""
     chosen_bytes = expert_weight_bytes(layer) * layer.experts_per_token
     return chosen_bytes / (layer.weight_bytes - layer.routed_bytes + chosen_bytes)
+
+
+def _num_guests(nodes: Sequence[str], node: str, guest_slots: int) -> int:
+    """Return a device's room for guests; `nodes` of all devices."""
+    return guest_slots if nodes.count(node) > 1 else 0
 
 
 def _expert_layers(profile: ModelProfile) -> list[int]:
@@ -390,6 +413,7 @@ def _assemble(
         experts=experts,
         devices=tuple(sorted(devices, key=lambda device: (device.node, device.id))),
         spare_slots=0,
+        guest_slots=0,
         expert_layers=tuple(layers),
         device_s=tuple(sorted(busy_s.items())),
         message_s=message_s,
