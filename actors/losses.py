@@ -14,14 +14,13 @@ from ray.exceptions import RayError, RayTaskError
 from actors import wire
 
 _PING_EVERY_S = 1.0
-_NAMES = {"stage": "stage", "experts": "expert worker", "trainer": "trainer"}
 
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A running stage or lane, the worker with a device's experts, or a device that trains."""
+    """A running stage or lane, or the worker with a device's experts."""
 
-    kind: Literal["stage", "lane", "experts", "trainer"]
+    kind: Literal["stage", "lane", "experts"]
     key: str | int
     """A lane's index, the device of others."""
     actor: Any
@@ -34,7 +33,7 @@ class Member:
     def name(self) -> str:
         if self.kind == "lane":
             return f"lane {self.key}"
-        return f"the {_NAMES[self.kind]} on {self.key}"
+        return f"the {'stage' if self.kind == 'stage' else 'expert worker'} on {self.key}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,15 +171,7 @@ async def deployment(
             silence_s=config.controller.silence_timeout_s,
             experts=None
             if served.shards is None
-            else crew_spec(
-                config,
-                checkpoint,
-                profile,
-                topology,
-                served.shards,
-                # A lane gives a step up first, and says which knob it is.
-                longest_s=config.engine.step_timeout_s,
-            ),
+            else crew_spec(config, checkpoint, profile, topology, served.shards),
         )
         fleet = Fleet(spec, plan)
         fleets.push_async_callback(asyncio.to_thread, fleet.stop)
