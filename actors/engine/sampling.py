@@ -1,8 +1,11 @@
 """Drawing tokens from logits: counter-based, so a draw depends on (seed, position) alone.
 
-One uniform number per (seed, position) comes from Philox, and the token is read off the inverse
-of the cumulative distribution in vocabulary order. So the same request gives the same tokens
-whatever its batch, lane, stage cut or preemptions; only float rounding could part two runs.
+Uniform numbers of (seed, position) come from Philox, and the token is read off by descending a tree
+of sums over the vocabulary: at each node one number chooses among `FAN_OUT` branches by the inverse
+of their cumulative distribution. So the same request gives the same tokens whatever its batch,
+lane, stage cut or preemptions; only float rounding could part two runs, and it does so rarely: a
+number meets few edges on its way down, where one cumulative distribution over the vocabulary has
+thousands, each of which rounding shifts (tests/bench/sampling.py measures both).
 
 Shapes: D draws (rows of logits), V vocabulary.
 """
@@ -12,16 +15,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch.nn import functional
 
 from actors.engine.batch import Draw
 from actors.engine.requests import TokenLogprob
 
+FAN_OUT = 16
+"""Branches of a node of the tree of sums."""
 
-def uniform(seed: int, position: int) -> float:
-    """Return a number in [0, 1) that depends on `seed` and `position` alone (Philox 4x64)."""
-    bits = np.random.Philox(key=seed, counter=position)
-    return float(np.random.Generator(bits).random())
+
+def uniforms(seed: int, position: int, count: int) -> npt.NDArray[np.float64]:
+    """Return numbers in [0, 1) that depend on `seed` and `position` alone (Philox 4x64).
+
+    Philox counts its blocks of four in the lowest word, so the position is in the second.
+    """
+    bits = np.random.Philox(key=seed, counter=position << 64)
+    return np.random.Generator(bits).random(count)
 
 
 def sample(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
@@ -124,15 +135,30 @@ def _draw_rows(logits_DV: torch.Tensor, draws: Sequence[Draw]) -> list[int]:
     truncated = [i for i, d in enumerate(draws) if d.top_k or d.top_p < 1.0 or d.min_p > 0.0]
     if truncated:
         probs_DV[truncated] = _truncate(probs_DV[truncated], [draws[i] for i in truncated])
-    # float64, so that the last cumulative sums of a large vocabulary stay distinct.
-    cumulative_DV = probs_DV.double().cumsum(dim=-1)
-    uniforms = torch.tensor([[uniform(d.seed, d.position)] for d in draws], dtype=torch.float64)
-    targets = uniforms.to(device) * cumulative_DV[:, -1:]
-    index = torch.searchsorted(cumulative_DV, targets, right=True)
-    # Rounding may put a target on the total itself: take the last token that has any mass.
-    mass = (probs_DV > 0).long() * torch.arange(1, probs_DV.shape[1] + 1, device=device)
-    last = mass.max(dim=-1, keepdim=True).values - 1
-    return torch.minimum(index, last)[:, 0].tolist()
+    return _descend(probs_DV, draws).tolist()
+
+
+def _descend(probs_DV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
+    """Draw one column a row: from the root of a tree of sums down to a leaf."""
+    num_draws = len(draws)
+    levels = []
+    sums_DN = probs_DV
+    while sums_DN.shape[1] > 1:
+        padded = functional.pad(sums_DN, (0, -sums_DN.shape[1] % FAN_OUT))
+        levels.append(padded.view(num_draws, -1, FAN_OUT))
+        # float64, so that the sums of a large vocabulary stay distinct.
+        sums_DN = levels[-1].sum(dim=-1, dtype=torch.float64)
+    numbers = np.stack([uniforms(draw.seed, draw.position, len(levels)) for draw in draws])
+    numbers_DL = torch.from_numpy(numbers).to(probs_DV.device)
+    rows_D = torch.arange(num_draws, device=probs_DV.device)
+    chosen_D = torch.zeros_like(rows_D)
+    for depth, level_DNF in enumerate(reversed(levels)):
+        cumulative_DF = level_DNF[rows_D, chosen_D].cumsum(dim=-1, dtype=torch.float64)
+        # Below the total, however it is rounded, so what is found has mass.
+        targets_D1 = numbers_DL[:, depth : depth + 1] * cumulative_DF[:, -1:]
+        branch_D1 = torch.searchsorted(cumulative_DF, targets_D1, right=True)
+        chosen_D = chosen_D * FAN_OUT + branch_D1[:, 0]
+    return chosen_D
 
 
 def _truncate(probs_DV: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:

@@ -58,4 +58,7 @@ def test_a_device_on_a_named_node_gets_its_stage_there(
         assert (stages["big"].first_layer, stages["big"].end_layer) == (3, 8)
         assert len(actor_processes(b"ray::StageWorker", root=named_node.pid)) == 1
         with MotleyClient(served.running.grpc_target, served.running.token) as client:
-            assert client.complete("import os\n", max_tokens=4, timeout_s=30.0).text
+            completion = client.complete(
+                "import os\n", max_tokens=4, ignore_eos=True, temperature=0.0, timeout_s=30.0
+            )
+            assert len(completion.choices[0].token_ids) == 4
