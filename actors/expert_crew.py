@@ -58,7 +58,7 @@ class CrewSpec:
     """Whole, by id."""
     num_slots: Mapping[str, int]
     """Experts that each device has room for; those of the map at least."""
-    num_guests: int
+    num_guests: Mapping[str, int]
     """Of these slots, those for guests."""
     layers: tuple[int, ...]
     """The model's layers with experts, in the map's order."""
@@ -109,7 +109,7 @@ class ExpertCrew:
             device=device,
             profile=spec.profile,
             num_slots=spec.num_slots[device_id],
-            num_guests=spec.num_guests,
+            num_guests=spec.num_guests[device_id],
             version=self.map.version,
             experts={layer: tuple(experts) for layer, experts in held.items()},
             engine=spec.engine,

@@ -109,12 +109,15 @@ class ExpertLinks:
         beside: wire.Address | None = None,
         own: Mapping[str, ExpertHost] | None = None,
         patience: Patience | None = None,
+        is_frozen: bool = False,
         on_failure: Callable[[ExpertError], None] = lambda _: None,
         on_rows: Callable[[int, Sequence[int]], None] = lambda _layer, _counts_E: None,
     ) -> None:
-        """`host` and `beside` are its inbox's; `own` are experts in this process by device.
+        """`host` and `beside` are its inbox's; `own` are experts in this process by device. Of
+        frozen experts nobody wants the weights' gradients.
         `on_failure` may call `use`; `on_rows` is told the layer and the rows of each expert, once a
         call."""
+        self.is_frozen = is_frozen
         self._keys = keys
         self._fingerprint = fingerprint
         self._own = own or {}
@@ -199,16 +202,19 @@ class ExpertLinks:
         began_s = time.monotonic()
         self._on_rows(layer, counts_E)
         try:
-            return self._run(layer, counts_E, rows_SH)
+            return self._insist(wire.EXPERTS, layer, counts_E, (rows_SH,))
         finally:
             self._end_call()
             self.waited_s += time.monotonic() - began_s
 
-    def _run(self, layer: int, counts_E: Sequence[int], rows_SH: torch.Tensor) -> torch.Tensor:
+    def _insist(
+        self, kind: bytes, layer: int, counts_E: Sequence[int], tensors: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Have the rows computed, by another map where that in force fails."""
         while True:
             routes = self._current()
             try:
-                return self._call_once_or_twice(routes, layer, counts_E, rows_SH)
+                return self._call_once_or_twice(routes, kind, layer, counts_E, tensors)
             except (ExpertError, wire.WireError) as error:
                 _log.warning("layer %d, map version %d: %s", layer, routes.version, error)
                 failure = error if isinstance(error, ExpertError) else ExpertCallError(str(error))
@@ -218,19 +224,24 @@ class ExpertLinks:
                 self.num_repeated += 1
 
     def _call_once_or_twice(
-        self, routes: NodeRoutes, layer: int, counts_E: Sequence[int], rows_SH: torch.Tensor
+        self,
+        routes: NodeRoutes,
+        kind: bytes,
+        layer: int,
+        counts_E: Sequence[int],
+        tensors: tuple[torch.Tensor, ...],
     ) -> torch.Tensor:
         """Have the rows computed; where guests were brought and refused, without them."""
-        divided = shares(counts_E, routes, layer)
+        divided = shares(counts_E, routes, layer, with_guests=kind == wire.EXPERTS)
         try:
-            return self._call(routes, wire.EXPERTS, layer, divided, (rows_SH,))
+            return self._call(routes, kind, layer, divided, tensors)
         except ExpertRefusal as error:
             if not any(share.portion.guests for share in divided):
                 raise
             _log.warning("layer %d, guests: %s", layer, error)
         self.num_repeated += 1
         divided = shares(counts_E, routes, layer, with_guests=False)
-        return self._call(routes, wire.EXPERTS, layer, divided, (rows_SH,))
+        return self._call(routes, kind, layer, divided, tensors)
 
     def backward(
         self,
@@ -241,13 +252,16 @@ class ExpertLinks:
     ) -> torch.Tensor:
         """Return the rows' gradient, (S, H); the weights' are added up at the workers.
 
-        Not sent again after a failure: some of them may have added theirs already.
+        Unless the experts are frozen, not sent again after a failure: some of the workers may have
+        added theirs already.
 
         Raises:
             ExpertError: It failed; what the workers added up is of no use then.
         """
         tensors = (rows_SH, gradient_SH)
         try:
+            if self.is_frozen:
+                return self._insist(wire.ROW_GRADIENTS, layer, counts_E, tensors)
             routes = self._current()
             divided = shares(counts_E, routes, layer, with_guests=False)
             return self._call(routes, wire.EXPERT_GRADIENTS, layer, divided, tensors)
@@ -316,7 +330,7 @@ class ExpertLinks:
             if kind == wire.EXPERTS:
                 done = host.run(*at, rows, guests=portion.guests)
             else:
-                done = host.backward(*at, rows, *gradient)
+                done = host.backward(*at, rows, *gradient, of_weights=not self.is_frozen)
             scatter(out_SH, spans, done)
         self._receive(awaited, out_SH, end_s)
         return out_SH

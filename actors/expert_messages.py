@@ -17,8 +17,9 @@ from actors.engine.expert_calls import ExpertCall
 from actors.engine.frames import decode_tensor, encode_tensor
 from actors.engine.packed import is_whole, unpack
 
-TENSORS_OF = {wire.EXPERTS: 1, wire.EXPERT_GRADIENTS: 2}
-"""Rows; and for gradients those of the result too. All (S, H)."""
+TENSORS_OF = {wire.EXPERTS: 1, wire.EXPERT_GRADIENTS: 2, wire.ROW_GRADIENTS: 2}
+"""Rows; and for gradients (of rows and weights, or of rows alone) those of the result too. All
+(S, H)."""
 _MOST_TEXT_BYTES = 4096
 _MOST_NUMBER = 2**63 - 1
 

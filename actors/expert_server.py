@@ -142,18 +142,19 @@ class ExpertServer:
                 self._gathering[self._calls_sent] = gathering
         if own is not None:
             portion, rows = own
-            gathering.out_SH[rows] = self._compute(call, portion, [each[rows] for each in tensors])
+            part = [each[rows] for each in tensors]
+            gathering.out_SH[rows] = self._compute(bytes(parts[0]), call, portion, part)
             declared_s = self._seconds(call.layer, portion.experts)
             gathering.due_s = self._clock.book(arrived_s, declared_s)
         self._answer_if_whole(gathering)
 
     def _compute(
-        self, call: ExpertCall, portion: Portion, tensors: Sequence[torch.Tensor]
+        self, kind: bytes, call: ExpertCall, portion: Portion, tensors: Sequence[torch.Tensor]
     ) -> torch.Tensor:
         at = call.version, call.layer, portion.experts
-        if len(tensors) == 1:
+        if kind == wire.EXPERTS:
             return self._host.run(*at, tensors[0], guests=portion.guests)
-        return self._host.backward(*at, *tensors)
+        return self._host.backward(*at, *tensors, of_weights=kind == wire.EXPERT_GRADIENTS)
 
     def _check(self, call: ExpertCall) -> None:
         """Refuse a call before any device computes a part of it."""

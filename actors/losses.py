@@ -14,13 +14,14 @@ from ray.exceptions import RayError, RayTaskError
 from actors import wire
 
 _PING_EVERY_S = 1.0
+_NAMES = {"stage": "stage", "experts": "expert worker", "trainer": "trainer"}
 
 
 @dataclass(slots=True, eq=False)
 class Member:
-    """A running stage or lane, or the worker with a device's experts."""
+    """A running stage or lane, the worker with a device's experts, or a device that trains."""
 
-    kind: Literal["stage", "lane", "experts"]
+    kind: Literal["stage", "lane", "experts", "trainer"]
     key: str | int
     """A lane's index, the device of others."""
     actor: Any
@@ -33,7 +34,7 @@ class Member:
     def name(self) -> str:
         if self.kind == "lane":
             return f"lane {self.key}"
-        return f"the {'stage' if self.kind == 'stage' else 'expert worker'} on {self.key}"
+        return f"the {_NAMES[self.kind]} on {self.key}"
 
 
 @dataclass(frozen=True, slots=True)

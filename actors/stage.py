@@ -32,10 +32,8 @@ from actors.engine.pace import DeviceClock
 from actors.engine.packed import seconds_in
 from actors.engine.slice import StageSlice
 from actors.loop import ServingLoop
-from actors.stage_experts import ExpertAccess, StageExperts
+from actors.stage_experts import ExpertAccess, ExpertUser, StageExperts
 from placement.costs import StageCost, stage_cost
-from placement.sharding.expert_map import ExpertMap
-from placement.sharding.loads import LoadSummary, Phase
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -81,7 +79,7 @@ class _Route:
         return lanes if self.next is None else [self.next, *lanes]
 
 
-class StageWorker:
+class StageWorker(ExpertUser):
     """Hosts the slices of one device. The constructor loads; `connect` starts serving."""
 
     def __init__(self, spec: StageSpec, keys: wire.WireKeys, monitor: wire.Address) -> None:
@@ -119,7 +117,6 @@ class StageWorker:
             # What is loaded stays: a full collection that walks it would stop the steps for 0.3 s.
             gc.collect()
             gc.freeze()
-            wire.sweep()  # what killed processes of this host have left
             # Last: a stage that cannot load leaves no socket behind.
             self._inbox = wire.Inbox(name, keys, host=spec.host, beside=monitor)
         except BaseException:
@@ -219,24 +216,6 @@ class StageWorker:
         """
         self._newest.adapters.load(version, Adapter.decode(message.data), keep=keep)
 
-    def expert_caller(self) -> wire.Address:
-        """Return where expert workers answer this stage."""
-        return self._elsewhere.links.address
-
-    def use_experts(
-        self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float
-    ) -> bool:
-        """Divide rows by this map beside steps; see `StageExperts.use`."""
-        return self._elsewhere.use(current, workers, settle_s)
-
-    def lose_experts(self, workers: list[wire.Address]) -> None:
-        """Wait for these workers no more; their rows wait for another map."""
-        self._elsewhere.links.lose(workers)
-
-    def expert_loads(self) -> dict[Phase, LoadSummary]:
-        """Return the rows that experts of this stage's layers got lately."""
-        return self._elsewhere.loads()
-
     def slow_down(self, slowness: float) -> None:
         """Make a paced device take a multiple of its declared time, to try what that does."""
         self._clock.slowness = slowness
@@ -256,11 +235,6 @@ class StageWorker:
         for outbox in self._outboxes.values():
             outbox.close()
         self._close_links()
-
-    @property
-    def _elsewhere(self) -> StageExperts:
-        assert self._experts is not None, "experts of this deployment are in its stages"
-        return self._experts
 
     @property
     def _newest(self) -> StageSlice:

@@ -1,4 +1,5 @@
-"""A stage's side of sharded experts: its links to them, the map in force, and what it has counted.
+"""The side of those who use sharded experts, stages and training devices: their links to them, the
+map in force, and what they have counted.
 
 Knows no Ray.
 """
@@ -39,6 +40,8 @@ class ExpertAccess:
     patience: Patience = field(default_factory=Patience)
     guests: ReactiveTerms | None = None
     """When experts may be guests of a device; None: never."""
+    is_frozen: bool = False
+    """Nobody wants the gradients of their weights."""
 
 
 class StageExperts:
@@ -70,6 +73,7 @@ class StageExperts:
             host=host,
             beside=beside,
             patience=access.patience,
+            is_frozen=access.is_frozen,
             on_rows=self._count,
         )
 
@@ -104,3 +108,32 @@ class StageExperts:
     def _count(self, layer: int, counts_E: Sequence[int]) -> None:
         with self._counting:
             self._loads.add(self._phase, self._index[layer], np.array(counts_E, dtype=np.int64))
+
+
+class ExpertUser:
+    """An actor that may use sharded experts: what an `ExpertCrew` asks of it."""
+
+    _experts: StageExperts | None
+
+    def expert_caller(self) -> wire.Address:
+        """Return where expert workers answer this actor."""
+        return self._elsewhere.links.address
+
+    def use_experts(
+        self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float
+    ) -> bool:
+        """Divide rows by this map beside steps; see `StageExperts.use`."""
+        return self._elsewhere.use(current, workers, settle_s)
+
+    def lose_experts(self, workers: list[wire.Address]) -> None:
+        """Wait for these workers no more; their rows wait for another map."""
+        self._elsewhere.links.lose(workers)
+
+    def expert_loads(self) -> dict[Phase, LoadSummary]:
+        """Return the rows that experts of this actor's layers got lately."""
+        return self._elsewhere.loads()
+
+    @property
+    def _elsewhere(self) -> StageExperts:
+        assert self._experts is not None, "experts are in their layers"
+        return self._experts

@@ -11,13 +11,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
 import ray
 import torch
 
+from actors import wire
 from actors.engine.arrays import Array, as_tensor, to_array
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.trainable import TrainableModel
@@ -33,6 +34,7 @@ from actors.pool_values import (
     SlotTask,
 )
 from actors.residency import Residency
+from actors.stage_experts import ExpertAccess, ExpertUser, StageExperts
 
 _WEIGHTS = "weights"
 _NUM_ENDED = 64
@@ -42,13 +44,35 @@ Left = dict[tuple[BoundaryName, int], torch.Tensor]
 """(boundary, micro-batch): results that a slot left on its device."""
 
 
-class DeviceWorker:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertPlace:
+    """Where a device reaches sharded experts from."""
+
+    access: ExpertAccess
+    keys: wire.WireKeys
+    host: str
+    """The node's own interface that workers reach."""
+    beside: wire.Address
+    """The driver's inbox."""
+
+
+class DeviceWorker(ExpertUser):
     """Hosts one `TrainableModel`."""
 
-    def __init__(self, spec: PoolDeviceSpec) -> None:
+    def __init__(self, spec: PoolDeviceSpec, experts: ExpertPlace | None = None) -> None:
+        """With `experts` they are frozen, and no part of what this device is brought."""
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._dtype = getattr(torch, spec.dtype)
+        self._experts = None
+        if experts is not None:
+            self._experts = StageExperts(
+                experts.access,
+                f"trainer on {spec.device.id}",
+                experts.keys,
+                host=experts.host,
+                beside=experts.beside,
+            )
         self._model = TrainableModel(
             Checkpoint.open(spec.model, allow_unverified=spec.allow_unverified),
             dtype=self._dtype,
@@ -56,6 +80,7 @@ class DeviceWorker:
             lora=spec.lora,
             loss_chunk_tokens=spec.loss_chunk_tokens,
             seed=spec.seed,
+            experts=None if self._experts is None else self._experts.links,
         )
         self._residency = Residency(self._model, spec)
         self._boxes: dict[SlotKey, Mailbox] = {}
@@ -269,4 +294,8 @@ def _gradient_of(task: SlotTask, gradient: torch.Tensor | None) -> Outputs:
 
 
 _GROUPS = {"slots": 1, "weights": 1, "feed": 1, "control": 2}
-DeviceActor = ray.remote(concurrency_groups=_GROUPS)(DeviceWorker)  # type: ignore[call-overload]
+_OTHERS = 4
+"""Calls that are of no group, at once: those of experts wait for each other."""
+DeviceActor = ray.remote(concurrency_groups=_GROUPS, max_concurrency=_OTHERS)(  # type: ignore[call-overload]
+    DeviceWorker
+)

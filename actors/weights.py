@@ -30,6 +30,8 @@ class WeightHostSpec:
     allow_unverified: bool
     units: tuple[str, ...]
     lora: LoraSettings | None
+    experts_elsewhere: bool = False
+    """Routed experts are of no unit."""
     optimizer: OptimizerSettings
     seed: int
     threads: int = 1
@@ -53,7 +55,12 @@ class WeightHostWorker:
         torch.set_num_threads(spec.threads)
         self._spec = spec
         self._checkpoint = Checkpoint.open(spec.model, allow_unverified=spec.allow_unverified)
-        every = {unit.name: unit for unit in training_units(self._checkpoint, spec.lora)}
+        every = {
+            unit.name: unit
+            for unit in training_units(
+                self._checkpoint, spec.lora, experts_elsewhere=spec.experts_elsewhere
+            )
+        }
         self._units: dict[str, Unit] = {name: every[name] for name in spec.units}
         self._dtype: torch.dtype = getattr(torch, spec.optimizer.weight_dtype)
         self._shard = WeightShard(list(self._units.values()), spec.optimizer)

@@ -41,6 +41,7 @@ FAIL = b"fail"
 ADAPTER = b"adapter"
 EXPERTS = b"experts"
 EXPERT_GRADIENTS = b"expert gradients"
+ROW_GRADIENTS = b"row gradients"
 ROWS = b"rows"
 
 MAX_PART_BYTES = 256 * 2**20
@@ -133,7 +134,9 @@ class Inbox:
             self._file = _file_of(beside).with_name(secrets.token_hex(4))
             if not self._file.parent.exists():
                 raise WireError(f"{name} starts too late: {beside.name} is gone")
-        else:  # created with mode 0700
+        else:
+            sweep()  # what killed processes of this machine have left
+            # Created with mode 0700.
             self._file = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX)) / _SOCKET_NAME
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)

@@ -127,8 +127,9 @@ class PlanSettings(_Settings):
     """Of shards: the hottest experts of each layer that are held on two nodes, where there is room:
     when a node is lost, their rows do not wait for anything to be read."""
     guest_experts: int = Field(4, ge=0, le=4096)
-    """Of shards: experts for which each device keeps room to take them in for one layer of a step,
-    when the rows of a long prompt surprise the placement; 0: rows stay where the experts are."""
+    """Of shards: experts for which devices that share a node keep room to take them in for one
+    layer of a step, when the rows of a long prompt surprise the placement; 0: rows stay where their
+    experts are."""
 
     @property
     def most_lanes(self) -> int:

@@ -14,7 +14,7 @@ from placement.costs import expert_weight_bytes
 from placement.sharding.decision import RebalanceSettings
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.reactive import ReactiveTerms
-from placement.shards import ShardsPlan
+from placement.shards import ExpertShards
 from placement.topology import Topology
 from placement.workload import ModelProfile
 
@@ -31,18 +31,21 @@ def crew_spec(
     checkpoint: Checkpoint,
     profile: ModelProfile,
     topology: Topology,
-    shards: ShardsPlan,
+    shards: ExpertShards,
+    *,
+    is_frozen: bool = False,
+    longest_s: float,
 ) -> CrewSpec:
     """Return what expert workers are started with.
 
     Args:
         profile: Of the whole model.
         topology: The whole devices.
+        is_frozen: Nobody wants the gradients of the weights.
+        longest_s: For an answer, and for another map after a failure.
     """
     fingerprint = expert_fingerprint(checkpoint)
     made = ExpertMap.from_plan(shards.experts, shards.devices, checkpoint=fingerprint)
-    # A lane gives a step up first, and says which knob it is.
-    longest_s = config.engine.step_timeout_s
     nodes = {device.node for device in topology.devices}
     guests = guest_terms(config, profile, shards, nodes)
     return CrewSpec(
@@ -51,7 +54,7 @@ def crew_spec(
         engine=config.engine,
         devices={device.id: device for device in topology.devices},
         num_slots={device.id: shards.num_slots(device) for device in shards.devices},
-        num_guests=0 if guests is None else guests.num_buffers,
+        num_guests={device.id: shards.num_guests(device) for device in shards.devices},
         layers=shards.expert_layers,
         map=made,
         access={
@@ -70,7 +73,7 @@ def crew_spec(
 
 
 def guest_terms(
-    config: MotleyConfig, profile: ModelProfile, shards: ShardsPlan, nodes: Collection[str]
+    config: MotleyConfig, profile: ModelProfile, shards: ExpertShards, nodes: Collection[str]
 ) -> ReactiveTerms | None:
     """Return when experts may be guests of a device; None: never."""
     if not config.plan.guest_experts:
@@ -85,7 +88,7 @@ def guest_terms(
 
 
 def rebalance_settings(
-    config: MotleyConfig, profile: ModelProfile, shards: ShardsPlan
+    config: MotleyConfig, profile: ModelProfile, shards: ExpertShards
 ) -> RebalanceSettings:
     """Return when experts move, and how fast; `profile` of the whole model."""
     return RebalanceSettings(
@@ -98,7 +101,7 @@ def rebalance_settings(
     )
 
 
-def _expert_bytes(profile: ModelProfile, shards: ShardsPlan) -> int:
+def _expert_bytes(profile: ModelProfile, shards: ExpertShards) -> int:
     return expert_weight_bytes(profile.layers[shards.expert_layers[0]])
 
 

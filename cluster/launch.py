@@ -171,7 +171,15 @@ async def deployment(
             silence_s=config.controller.silence_timeout_s,
             experts=None
             if served.shards is None
-            else crew_spec(config, checkpoint, profile, topology, served.shards),
+            else crew_spec(
+                config,
+                checkpoint,
+                profile,
+                topology,
+                served.shards,
+                # A lane gives a step up first, and says which knob it is.
+                longest_s=config.engine.step_timeout_s,
+            ),
         )
         fleet = Fleet(spec, plan)
         fleets.push_async_callback(asyncio.to_thread, fleet.stop)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 
 from actors.engine.config import EngineConfig
 from cluster.config import ConfigError, DeviceSpec, MotleyConfig
-from placement.costs import expert_weight_bytes
 from placement.shards import (
+    ExpertShards,
     ShardsPlan,
     plan_shards,
+    plan_training_shards,
     topology_of_stages,
     without_experts,
 )
@@ -162,14 +163,52 @@ def plan_serving(config: MotleyConfig, profile: ModelProfile, topology: Topology
         stages = make_plan(config, profile, topology)
         return ServingPlan(stages=stages, profile=profile, topology=topology, shards=None)
     shards = make_shards(config, profile, topology)
-    bytes_each = expert_weight_bytes(profile.layers[shards.expert_layers[0]])
-    kept = {device.id: shards.num_slots(device) * bytes_each for device in shards.devices}
+    kept = shards.kept_bytes(profile)
     # What a stage does not need is for experts, so lanes have the KV that was planned.
     most_kv_tokens = min(shards.stages.kv_tokens_capacity, serving_workload(config).kv_tokens)
     return ServingPlan(
         stages=replace(shards.stages, kv_tokens_capacity=most_kv_tokens),
         profile=without_experts(profile),
         topology=topology_of_stages(topology, kept, config.plan.headroom_fraction),
+        shards=shards,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPool:
+    """The model and the devices as slots of training see them, and where frozen experts are."""
+
+    profile: ModelProfile
+    topology: Topology
+    shards: ExpertShards | None
+    """None: experts, if there are any, come to a device with their layer."""
+
+
+def training_pool(config: MotleyConfig, profile: ModelProfile, topology: Topology) -> TrainingPool:
+    """Plan where experts are while the model trains, as `training.experts` says.
+
+    Raises:
+        ConfigError: The settings do not suit the model or the devices.
+        InfeasiblePlanError: One copy of every expert does not fit.
+    """
+    load, settings = config.training, config.plan
+    if load.experts == "layers":
+        return TrainingPool(profile=profile, topology=topology, shards=None)
+    check_one_gpu_a_node(topology, "training.experts: shards", "training.experts: layers")
+    with settings_errors():
+        shards = plan_training_shards(
+            profile,
+            topology,
+            rows=load.sequences_per_micro_batch * load.sequence_tokens,
+            headroom_fraction=settings.headroom_fraction,
+            spare_slots=settings.spare_experts,
+            guest_slots=settings.guest_experts,
+            num_spread=settings.spread_experts,
+        )
+    kept = shards.kept_bytes(profile)
+    return TrainingPool(
+        profile=without_experts(profile),
+        topology=topology_of_stages(topology, kept, settings.headroom_fraction),
         shards=shards,
     )
 
@@ -200,13 +239,8 @@ def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology)
         InfeasiblePlanError: Nothing fits.
     """
     forced = config.plan.layer_counts is not None
-    gpus = Counter(device.node for device in topology.devices if device.kind == "cuda")
-    for node, count in gpus.items():
-        if count > 1 and config.plan.experts == "shards":
-            raise ConfigError(
-                f"plan.experts: shards takes one GPU a node so far, {node} has {count}; set "
-                "plan.experts: stages, or name one device of each node in `devices`"
-            )
+    if config.plan.experts == "shards":
+        check_one_gpu_a_node(topology, "plan.experts: shards", "plan.experts: stages")
     with settings_errors():
         return plan_shards(
             profile,
@@ -216,9 +250,25 @@ def make_shards(config: MotleyConfig, profile: ModelProfile, topology: Topology)
             objective=config.plan.objective,
             layer_counts=config.plan.layer_counts,
             device_order="given" if forced else config.plan.device_order,
-            spare_slots=config.plan.spare_experts + config.plan.guest_experts,
+            spare_slots=config.plan.spare_experts,
+            guest_slots=config.plan.guest_experts,
             num_spread=config.plan.spread_experts,
         )
+
+
+def check_one_gpu_a_node(topology: Topology, setting: str, instead: str) -> None:
+    """Refuse what a stage and a worker cannot share out; names the setting, and another.
+
+    Raises:
+        ConfigError: A node has several GPUs.
+    """
+    gpus = Counter(device.node for device in topology.devices if device.kind == "cuda")
+    for node, count in gpus.items():
+        if count > 1:
+            raise ConfigError(
+                f"{setting} takes one GPU a node so far, {node} has {count}; set {instead}, or "
+                "name one device of each node in `devices`"
+            )
 
 
 @contextmanager

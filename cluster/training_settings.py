@@ -73,6 +73,10 @@ class TrainingSettings(_Settings):
 
     lora: LoraSettings | None = None
     """Train adapters; null: all weights."""
+    experts: Literal["layers", "shards"] = "layers"
+    """Of a mixture of experts. layers: experts are brought to a device with their layer. shards:
+    they are frozen and stay where they are, spread over half the memory of all devices; only their
+    rows travel. Needs `lora`."""
     optimizer: OptimizerSettings = OptimizerSettings()
     router_loss_coefficient: float | None = Field(None, ge=0, allow_inf_nan=False)
     """Of the load-balancing loss of mixtures of experts; null: the checkpoint's own."""
@@ -90,6 +94,15 @@ class TrainingSettings(_Settings):
     def sequences_per_step(self) -> int:
         """Sequences that one optimizer step sees."""
         return self.sequences_per_micro_batch * self.micro_batches * self.rounds_per_step
+
+    @model_validator(mode="after")
+    def _frozen_experts_stay(self) -> Self:
+        if self.experts == "shards" and self.lora is None:
+            raise ValueError(
+                "experts: shards keeps them frozen, and without lora all weights are trained; set "
+                "lora, or experts: layers"
+            )
+        return self
 
     @model_validator(mode="after")
     def _warm_up_ends(self) -> Self:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -39,21 +39,49 @@ from placement.stages import StagesPlan, plan_stages
 from placement.topology import Device, Topology
 from placement.workload import DeviceOrder, LayerCost, ModelProfile, Objective, ServingWorkload
 
+_EXPERTS_SHARE = 0.5
+"""Of a training device's memory, to frozen experts."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShardsPlan:
-    """Stages of the dense part, shards of the experts, and what both predict together."""
+class ExpertShards:
+    """Where the routed experts of a model are."""
 
-    stages: StagesPlan
-    """Of the model without its routed experts."""
     experts: ExpertPlan
     """One layer for each layer with experts, in their order."""
     devices: tuple[ExpertDevice, ...]
     """All that the experts were planned over, by node, then id; also those that hold none."""
     spare_slots: int
     """Experts for which each device keeps room beside those it holds."""
+    guest_slots: int
+    """And for so many guests (`placement.sharding.reactive`) where devices share a node."""
     expert_layers: tuple[int, ...]
     """The model's layer of each layer of `experts`."""
+
+    def num_slots(self, device: ExpertDevice) -> int:
+        """Return for how many experts of any layer a device has room; 0: it holds none."""
+        if not device.slots_per_layer:
+            return 0
+        most = min(device.slots_per_layer, len(self.experts.holdings(0)))
+        return most * len(self.expert_layers) + self.spare_slots + self.num_guests(device)
+
+    def num_guests(self, device: ExpertDevice) -> int:
+        """Return for how many guests a device has room: they come from others of its node."""
+        nodes = [other.node for other in self.devices]
+        return _num_guests(nodes, device.node, self.guest_slots)
+
+    def kept_bytes(self, profile: ModelProfile) -> dict[str, int]:
+        """Return by device what experts take of its memory; `profile` is of the whole model."""
+        bytes_each = expert_weight_bytes(profile.layers[self.expert_layers[0]])
+        return {device.id: self.num_slots(device) * bytes_each for device in self.devices}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardsPlan(ExpertShards):
+    """Stages of the dense part, shards of the experts, and what both predict together."""
+
+    stages: StagesPlan
+    """Of the model without its routed experts."""
     device_s: tuple[tuple[str, float], ...]
     """(device id, seconds it computes for one step, as stage and as shard)."""
     message_s: float
@@ -63,17 +91,10 @@ class ShardsPlan:
     """The largest of the busiest device, the busiest link and latency / lanes."""
     predicted_tokens_per_s: float
 
-    def num_slots(self, device: ExpertDevice) -> int:
-        """Return for how many experts of any layer a device has room; 0: it holds none."""
-        if not device.slots_per_layer:
-            return 0
-        most = min(device.slots_per_layer, len(self.experts.holdings(0)))
-        return most * len(self.expert_layers) + self.spare_slots
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        fields = {name: getattr(self, name) for name in self.__slots__}
-        return fields | {
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return values | {
             "stages": self.stages.to_json(),
             "experts": self.experts.to_json(),
             "devices": [asdict(device) for device in self.devices],
@@ -84,13 +105,13 @@ class ShardsPlan:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> ShardsPlan:
         """Rebuild a plan from the values of `to_json`."""
-        fields = dict(value)
-        fields["stages"] = StagesPlan.from_json(value["stages"])
-        fields["experts"] = ExpertPlan.from_json(value["experts"])
-        fields["devices"] = tuple(ExpertDevice(**device) for device in value["devices"])
-        fields["expert_layers"] = tuple(value["expert_layers"])
-        fields["device_s"] = tuple((pair[0], pair[1]) for pair in value["device_s"])
-        return cls(**fields)
+        values = dict(value)
+        values["stages"] = StagesPlan.from_json(value["stages"])
+        values["experts"] = ExpertPlan.from_json(value["experts"])
+        values["devices"] = tuple(ExpertDevice(**device) for device in value["devices"])
+        values["expert_layers"] = tuple(value["expert_layers"])
+        values["device_s"] = tuple((pair[0], pair[1]) for pair in value["device_s"])
+        return cls(**values)
 
 
 def plan_shards(
@@ -104,11 +125,13 @@ def plan_shards(
     layer_counts: Sequence[int] | None = None,
     expert_load: NDArray[np.float64] | None = None,
     spare_slots: int = 0,
+    guest_slots: int = 0,
     num_spread: int = 0,
 ) -> ShardsPlan:
     """Cut the dense part into stages, then spread the experts over the memory that is left.
 
-    Every device keeps room for `spare_slots` experts of any layer, on the move or guests. The
+    Every device keeps room for `spare_slots` experts of any layer on the move, and devices that
+    share a node for `guest_slots` guests. The
     `num_spread` hottest experts of a layer are held on two nodes while slots allow.
     `expert_load` [layers with experts, experts]: how often each is chosen, in any unit; None:
     equally often. Experts are balanced by rows, or by activated experts where reading their
@@ -133,9 +156,14 @@ def plan_shards(
     # What arrives at a shard and what its experts make of it.
     activation_bytes = ACTIVATION_ROWS * profile.hidden_bytes_per_token * workload.step_tokens
     # What is not for slots on every device.
-    kept_bytes = spare_slots * expert_weight_bytes(kind)
-    held_bytes = {d.id: activation_bytes + kept_bytes for d in topology.devices}
-    held_bytes |= {stage.device_id: stage.need_bytes + kept_bytes for stage in stages.stages}
+    nodes = [device.node for device in topology.devices]
+    bytes_each = expert_weight_bytes(kind)
+    kept_bytes = {
+        device.id: (spare_slots + _num_guests(nodes, device.node, guest_slots)) * bytes_each
+        for device in topology.devices
+    }
+    held_bytes = {d.id: activation_bytes + kept_bytes[d.id] for d in topology.devices}
+    held_bytes |= {s.device_id: s.need_bytes + kept_bytes[s.device_id] for s in stages.stages}
     devices = _expert_devices(
         topology, stages, kind, len(layers), workload, held_bytes, headroom_fraction
     )
@@ -147,7 +175,57 @@ def plan_shards(
         num_spread=num_spread,
     )
     made = _assemble(profile, topology, workload, stages, experts, layers, devices)
-    return replace(made, spare_slots=spare_slots)
+    return replace(made, spare_slots=spare_slots, guest_slots=guest_slots)
+
+
+def plan_training_shards(
+    profile: ModelProfile,
+    topology: Topology,
+    *,
+    rows: int,
+    headroom_fraction: float = 0.1,
+    spare_slots: int = 0,
+    guest_slots: int = 0,
+    num_spread: int = 0,
+) -> ExpertShards:
+    """Spread frozen experts over half of every device's memory; slots of training have the rest.
+
+    Balanced for `rows` of a micro-batch that choose all experts equally often.
+
+    Raises:
+        InfeasiblePlanError: One copy of every expert does not fit.
+        ValueError: The model has no experts, or layers with unequal ones.
+    """
+    layers = _expert_layers(profile)
+    kind = profile.layers[layers[0]]
+    bytes_each = expert_weight_bytes(kind)
+    nodes = [device.node for device in topology.devices]
+    devices = []
+    for device in topology.devices:
+        cap_bytes = memory_cap_bytes(device.memory_bytes, headroom_fraction)
+        others = spare_slots + _num_guests(nodes, device.node, guest_slots)
+        free_bytes = int(cap_bytes * _EXPERTS_SHARE) - others * bytes_each
+        devices.append(
+            ExpertDevice(
+                id=device.id,
+                node=device.node,
+                rows_per_s=1.0 / expert_row_s(device, kind),
+                slots_per_layer=max(0, free_bytes // (bytes_each * len(layers))),
+                expert_read_s=expert_read_s(device, kind),
+            )
+        )
+    return ExpertShards(
+        experts=plan_experts(
+            _rows(kind, len(layers), rows, None),
+            devices,
+            expert_bytes=bytes_each,
+            num_spread=num_spread,
+        ),
+        devices=tuple(sorted(devices, key=lambda device: (device.node, device.id))),
+        spare_slots=spare_slots,
+        guest_slots=guest_slots,
+        expert_layers=tuple(layers),
+    )
 
 
 def without_experts(profile: ModelProfile) -> ModelProfile:
@@ -226,11 +304,17 @@ def _routed_share(layer: LayerCost) -> float:
     return chosen_bytes / (layer.weight_bytes - layer.routed_bytes + chosen_bytes)
 
 
+def _num_guests(nodes: Sequence[str], node: str, guest_slots: int) -> int:
+    """Return a device's room for guests; `nodes` of all devices."""
+    return guest_slots if nodes.count(node) > 1 else 0
+
+
 def _expert_layers(profile: ModelProfile) -> list[int]:
     layers = [index for index, layer in enumerate(profile.layers) if layer.routed_bytes]
     if not layers:
         raise ValueError(
-            f"{profile.name} has no routed experts; plan its stages alone (plan.experts: stages)"
+            f"{profile.name} has no routed experts; plan its stages alone (plan.experts: stages; "
+            "to train, training.experts: layers)"
         )
     kinds = {(profile.layers[i].num_experts, profile.layers[i].routed_bytes) for i in layers}
     if len(kinds) > 1:
@@ -329,6 +413,7 @@ def _assemble(
         experts=experts,
         devices=tuple(sorted(devices, key=lambda device: (device.node, device.id))),
         spare_slots=0,
+        guest_slots=0,
         expert_layers=tuple(layers),
         device_s=tuple(sorted(busy_s.items())),
         message_s=message_s,

@@ -152,17 +152,21 @@ class ExpertHost:
         experts: Sequence[tuple[int, int]],
         rows_SH: torch.Tensor,
         gradient_SH: torch.Tensor,
+        *,
+        of_weights: bool = True,
     ) -> torch.Tensor:
         """Return the gradient of the rows (see `ExpertSlots.backward`), (S, H).
 
-        Those of the weights are added up until `take_gradients`.
+        Those of the weights, if asked for, are added up until `take_gradients`.
 
         Raises:
             ExpertError: As `run`.
         """
         with self._turn:
             self._check(version, layer, experts)
-            into_rows, into_weights = self._slots.backward(layer, experts, rows_SH, gradient_SH)
+            into_rows, into_weights = self._slots.backward(
+                layer, experts, rows_SH, gradient_SH, of_weights=of_weights
+            )
             for expert, new in into_weights.items():
                 old = self._gradients.get((layer, expert))
                 if old is not None:

@@ -144,8 +144,10 @@ class ExpertSlots:
         experts: Sequence[tuple[int, int]],
         rows_SH: torch.Tensor,
         gradient_SH: torch.Tensor,
+        *,
+        of_weights: bool = True,
     ) -> tuple[torch.Tensor, dict[int, Weights]]:
-        """Return the gradient of the rows, (S, H), and of each expert's weights.
+        """Return the gradient of the rows, (S, H), and of each expert's weights if asked.
 
         `gradient_SH` is that of what `run` returned for these rows, which runs again here.
 
@@ -159,14 +161,17 @@ class ExpertSlots:
         into_rows, into_weights = [], {}
         for (expert, _), (rows, gradient) in zip(experts, pairs, strict=True):
             own = rows.to(self.device, self.dtype)
-            leaves = [part.detach().requires_grad_() for part in (own, *weights[expert])]
+            leaf = own.detach().requires_grad_()
+            parts = [part.detach().requires_grad_(of_weights) for part in weights[expert]]
             with torch.enable_grad():
-                out = run_expert(self._module, leaves[1:], leaves[0])
-            of_rows, *of_weights = torch.autograd.grad(
-                out, leaves, gradient.to(self.device, self.dtype)
+                out = run_expert(self._module, parts, leaf)
+            wanted = [leaf, *parts] if of_weights else [leaf]
+            of_rows, *of_parts = torch.autograd.grad(
+                out, wanted, gradient.to(self.device, self.dtype)
             )
             into_rows.append(of_rows)
-            into_weights[expert] = tuple(of_weights)
+            if of_weights:
+                into_weights[expert] = tuple(of_parts)
         return torch.cat(into_rows).to(rows_SH.device, rows_SH.dtype), into_weights
 
     def check_exists(self, layer: int, expert: int) -> None:

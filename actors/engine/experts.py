@@ -34,6 +34,11 @@ class ExpertDispatcher(Protocol):
     Rows (S, H) are sorted by expert; `counts_E[expert]` of them belong to each, S in all.
     """
 
+    @property
+    def is_frozen(self) -> bool:
+        """Whether nobody wants the gradients of the weights."""
+        ...
+
     def run(self, layer: int, counts_E: Sequence[int], rows_SH: torch.Tensor) -> torch.Tensor:
         """Return the computed rows in the same order."""
         ...
@@ -47,7 +52,7 @@ class ExpertDispatcher(Protocol):
     ) -> torch.Tensor:
         """Return the gradient of rows that went through `run`, given that of what it returned.
 
-        The gradients of the weights are added up where the weights are.
+        The gradients of the weights are added up where the weights are, unless they are frozen.
         """
         ...
 
@@ -154,7 +159,8 @@ def _spread(hidden_TH: torch.Tensor, order_S: torch.Tensor) -> torch.Tensor:
 def _elsewhere(
     dispatcher: ExpertDispatcher, layer: int, counts: Sequence[int], rows_SH: torch.Tensor
 ) -> torch.Tensor:
-    if not torch.is_grad_enabled():
+    is_passed = torch.is_grad_enabled() and (rows_SH.requires_grad or not dispatcher.is_frozen)
+    if not is_passed:
         return dispatcher.run(layer, counts, rows_SH)
     if not rows_SH.requires_grad:
         # Autograd would leave the call out, and with it the gradients of the weights.

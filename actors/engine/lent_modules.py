@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from actors.engine.checkpoint import EMBEDDING, HEAD, Checkpoint
+from actors.engine.experts import ExpertDispatcher
 from actors.engine.packed_attention import PackedDocuments
 from actors.engine.router_loss import RouterLogits
 from actors.engine.training_config import LoraSettings
@@ -91,8 +92,10 @@ class LentModules:
         *,
         dtype: torch.dtype,
         device: torch.device,
+        experts: ExpertDispatcher | None = None,
     ) -> None:
-        model = training_skeleton(checkpoint, lora, dtype)
+        """`experts` run the rows of routed experts, which are then elsewhere."""
+        model = training_skeleton(checkpoint, lora, dtype, experts=experts)
         self.device = device
         self.dtype = dtype
         self.num_layers = checkpoint.num_layers

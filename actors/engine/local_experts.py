@@ -17,8 +17,11 @@ class LocalDispatcher:
     `routes` may be replaced at any time; a call ends with those it began with.
     """
 
-    def __init__(self, hosts: Mapping[str, ExpertHost], routes: Routes) -> None:
+    def __init__(
+        self, hosts: Mapping[str, ExpertHost], routes: Routes, *, is_frozen: bool = False
+    ) -> None:
         """`hosts` by the device ids of the routes."""
+        self.is_frozen = is_frozen
         self._hosts = hosts
         self.routes = routes
 
@@ -52,7 +55,8 @@ class LocalDispatcher:
         out_SH = torch.empty_like(rows_SH)
         for (device, experts, _), spans in shares(counts_E, routes, layer, with_guests=False):
             part = self._hosts[device].backward(
-                routes.version, layer, experts, gather(rows_SH, spans), gather(gradient_SH, spans)
-            )
+                routes.version, layer, experts, gather(rows_SH, spans), gather(gradient_SH, spans),
+                of_weights=not self.is_frozen,
+            )  # fmt: skip
             scatter(out_SH, spans, part)
         return out_SH

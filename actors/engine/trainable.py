@@ -11,6 +11,7 @@ from collections.abc import Hashable
 import torch
 
 from actors.engine.checkpoint import Checkpoint
+from actors.engine.experts import ExpertDispatcher
 from actors.engine.lent_modules import LentModules, PlacedUnit
 from actors.engine.training_config import LoraSettings
 from actors.engine.training_units import LORA_LIMITS, initial_weights, training_units
@@ -44,10 +45,14 @@ class TrainableModel:
         lora: LoraSettings | None = None,
         loss_chunk_tokens: int = 1024,
         seed: int = 0,
+        experts: ExpertDispatcher | None = None,
     ) -> None:
+        """`experts` run the rows of routed experts, which are then of no unit."""
         self.device = torch.device(device)
         self.dtype = dtype
-        self._modules = LentModules(checkpoint, lora, dtype=dtype, device=self.device)
+        self._modules = LentModules(
+            checkpoint, lora, dtype=dtype, device=self.device, experts=experts
+        )
         self._loss_chunk_tokens = loss_chunk_tokens
         self._seed = seed
         self._placed: dict[str, PlacedUnit] = {}

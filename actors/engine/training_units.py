@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 from actors.engine.checkpoint import FINAL_NORM, HEAD, Checkpoint, CheckpointError
+from actors.engine.experts import ExpertDispatcher, lend_experts
 from actors.engine.packed_attention import PACKED_ATTENTION_NAME
 from actors.engine.skeleton import build_skeleton, fill_parameters
 from actors.engine.training_config import LoraSettings
@@ -36,16 +38,27 @@ LORA_LIMITS = (
 _EXPERT_MATRICES = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
-def training_skeleton(checkpoint: Checkpoint, lora: LoraSettings | None, dtype: torch.dtype) -> Any:
+def training_skeleton(
+    checkpoint: Checkpoint,
+    lora: LoraSettings | None,
+    dtype: torch.dtype,
+    *,
+    experts: ExpertDispatcher | None = None,
+) -> Any:
     """Build the architecture on `meta`, with PEFT's adapters where `lora` asks for them.
+
+    Routed experts are part of it unless there are `experts` to run their rows.
 
     Raises:
         CheckpointError: A target module is not there, or is nothing that an adapter fits.
     """
     model = build_skeleton(checkpoint, dtype, attention=PACKED_ATTENTION_NAME)
+    if lora is not None:
+        _check_targets(model, lora.target_modules)
+    if experts is not None:
+        lend_experts(model.model.layers, range(checkpoint.num_layers), experts)
     if lora is None:
         return model
-    _check_targets(model, lora.target_modules)
     return inject_adapter_in_model(
         peft_config(lora), model, adapter_name=ADAPTER_NAME, low_cpu_mem_usage=True
     )
@@ -86,16 +99,24 @@ def _check_targets(model: Any, targets: Sequence[str]) -> None:
             )
 
 
-def training_units(checkpoint: Checkpoint, lora: LoraSettings | None) -> tuple[Unit, ...]:
+def training_units(
+    checkpoint: Checkpoint, lora: LoraSettings | None, *, experts_elsewhere: bool = False
+) -> tuple[Unit, ...]:
     """Return the embedding, every layer and the head, in this order; reads no weights.
 
     Without `lora` all parameters are trained, with it the adapters alone. A head that is tied to
-    the embedding is part of the embedding's unit.
+    the embedding is part of the embedding's unit; routed experts that are elsewhere are of none.
 
     Raises:
         CheckpointError: A target module is not there, or is nothing that an adapter fits.
     """
-    return model_units(checkpoint, training_skeleton(checkpoint, lora, torch.float32), lora)
+    units = model_units(checkpoint, training_skeleton(checkpoint, lora, torch.float32), lora)
+    if not experts_elsewhere:
+        return units
+    return tuple(
+        replace(unit, frozen=tuple(p for p in unit.frozen if not _is_expert(p.name)))
+        for unit in units
+    )
 
 
 def model_units(checkpoint: Checkpoint, model: Any, lora: LoraSettings | None) -> tuple[Unit, ...]:
@@ -126,6 +147,10 @@ def _unit_of(parameter: str) -> str:
 def _is_decayed(parameter: ParameterInfo) -> bool:
     """Whether it is a matrix; biases of experts have two dimensions and are none."""
     return len(parameter.shape) >= 2 and not parameter.name.endswith("bias")
+
+
+def _is_expert(parameter: str) -> bool:
+    return ".experts." in parameter
 
 
 def _is_adapter(parameter: str) -> bool:
@@ -162,7 +187,13 @@ def initial_weights(
                 stored[stored_name(info.name)] = view
             elif ".lora_A." in info.name:
                 view.copy_(_initial_adapter(info, seed))
-    owned = [tensor for tensor in checkpoint.tensors if _unit_of(tensor.parameter) == unit.name]
+    has_experts = any(map(_is_expert, stored))
+    owned = [
+        tensor
+        for tensor in checkpoint.tensors
+        if _unit_of(tensor.parameter) == unit.name
+        and (has_experts or not _is_expert(tensor.parameter))
+    ]
     fill_parameters(checkpoint, owned, stored)
     return trained, frozen
 

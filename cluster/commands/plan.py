@@ -25,7 +25,7 @@ from cluster.commands.tables import (
 )
 from cluster.config import ConfigError, MotleyConfig
 from cluster.forecast import Forecast, TrainingForecast, forecast, training_forecast
-from cluster.planning import declared_topology, dtype_bytes
+from cluster.planning import declared_topology, dtype_bytes, training_pool
 from cluster.profile import (
     fingerprint,
     known_topology,
@@ -59,7 +59,8 @@ def show_plan(config: MotleyConfig, output: Output, options: PlanOptions) -> Non
     value, shown = predicted.to_json(), _shown(predicted, config.plan.lanes)
     trace: Callable[[], dict[str, Any]] = partial(_serving_trace, predicted.plan, config.plan.lanes)
     if options.training:
-        training = training_forecast(config, profile, topology)
+        pool = training_pool(config, profile, topology)
+        training = training_forecast(config, pool.profile, pool.topology)
         value["training"] = training.plan.to_json()
         shown += [training_table(training.plan), training_summary(training.plan)]
         trace = partial(_training_trace, training)

@@ -100,6 +100,7 @@ class WeightHosts:
                 allow_unverified=spec.allow_unverified,
                 units=tuple(share),
                 lora=spec.lora,
+                experts_elsewhere=spec.experts_elsewhere,
                 optimizer=spec.optimizer,
                 seed=spec.seed,
                 threads=spec.threads,

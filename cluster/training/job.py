@@ -75,7 +75,9 @@ def open_job(config: MotleyConfig, *, resume: bool) -> TrainingJob:
         raise ConfigError(
             "training.lora.target_modules: an adapter on lm_head cannot be served; leave it out"
         )
-    units = training_units(checkpoint, settings.lora)
+    units = training_units(
+        checkpoint, settings.lora, experts_elsewhere=settings.experts == "shards"
+    )
     data = settings.data
     if settings.evaluate_every_steps is None:
         # Nothing is kept from learning that nobody looks at.

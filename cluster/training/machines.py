@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from actors.engine.export import (
     write_optimizer_state,
 )
 from actors.engine.training_values import EMBEDDING_UNIT, HEAD_UNIT
-from actors.hosting import Host
+from actors.hosting import FleetError, Host
 from actors.pool_values import PoolDeviceSpec
+from actors.trainer import ExpertPlace
 from actors.weights import WeightHostSpec
 from cluster.inventory import find_hosts, find_joined
-from cluster.planning import dtype_bytes
+from cluster.planning import dtype_bytes, training_pool
 from cluster.training.checkpoints import TrainingState
 from cluster.training.errors import HostsLostError, TrainingError
 from cluster.training.events import (
@@ -38,6 +39,7 @@ from cluster.training.events import (
     TrainingPlanned,
 )
 from cluster.training.executor import ExecutorHooks, SlotExecutor
+from cluster.training.experts import TrainingExperts
 from cluster.training.hosts import WeightHosts
 from cluster.training.job import TrainingJob
 from cluster.training.planner import RunPlanner
@@ -71,7 +73,6 @@ class Machines:
         trace: bool,
     ) -> None:
         self._job = job
-        self._topology = topology
         self._hosts = dict(hosts)
         self._tell = on_event
         self.dtype = _compute_dtype(job, topology)
@@ -80,8 +81,12 @@ class Machines:
         if job.state is not None:
             job.state.check_same(self._fixed)
         width = getattr(torch, self.dtype).itemsize
-        self._profile = job.checkpoint.profile(dtype_bytes=width)
-        self._planner = RunPlanner(_planned_config(job), self._profile, topology)
+        self._whole = job.checkpoint.profile(dtype_bytes=width), topology
+        """The model and the devices; without experts that are elsewhere they are those below."""
+        pool = training_pool(job.config, *self._whole)
+        self._profile, self._topology, self._shards = pool.profile, pool.topology, pool.shards
+        self._experts: TrainingExperts | None = None
+        self._planner = RunPlanner(_planned_config(job), self._profile, self._topology)
         self.plan = self._planner.first
         """Of rounds that are made now."""
         self._outdated = asyncio.Event()
@@ -103,12 +108,31 @@ class Machines:
                 are up.
         """
         self._tell_plan()
+        if self._shards is not None:
+            loop = asyncio.get_running_loop()
+
+            def fail(reason: str) -> None:
+                error = TrainingError(reason)
+                loop.call_soon_threadsafe(lambda: self.executor.fail(error))
+
+            self._experts = TrainingExperts(
+                self._job,
+                self._shards,
+                *self._whole,
+                self._hosts,
+                dtype=self.dtype,
+                on_fatal=fail,
+            )
+            await self._experts.start()
         specs = [self._spec(device) for device in self._topology.devices if self._is_used(device)]
         devices, weights = await asyncio.gather(
-            start_devices(specs, self._hosts), self._start_weights(), return_exceptions=True
+            start_devices(specs, self._hosts, self._place),
+            self._start_weights(),
+            return_exceptions=True,
         )
         if isinstance(devices, BaseException):
             raise devices
+        await self._introduce(devices)
         for started in devices:
             self._use(started)
         self._watching = [
@@ -119,6 +143,32 @@ class Machines:
             task.add_done_callback(self._watch_ended)
         if isinstance(weights, BaseException):
             raise weights
+
+    def _place(self, device: Device) -> ExpertPlace | None:
+        return None if self._experts is None else self._experts.place(device)
+
+    async def _introduce(self, devices: Sequence[StartedDevice]) -> None:
+        """Let devices that have started use experts that are elsewhere.
+
+        Raises:
+            TrainingError: One of them died, or did not answer in time.
+        """
+        if self._experts is None:
+            return
+        try:
+            await self._experts.serve({each.spec.device.id: each.actor for each in devices})
+        except FleetError as error:
+            stop_devices(devices)
+            raise TrainingError(str(error)) from error
+
+    async def _is_introduced(self, device: StartedDevice) -> bool:
+        """Whether a device that is back can be used; it is stopped otherwise."""
+        try:
+            await self._introduce([device])
+        except TrainingError as error:
+            _log.warning("device %s does not come back: %s", device.spec.device.id, error)
+            return False
+        return True
 
     async def load(self, folder: Path | None, step: int) -> None:
         """Bring every trained unit to what a step folder holds; None: to the model's own."""
@@ -224,6 +274,8 @@ class Machines:
         for task in self._watching:
             task.cancel()
         stop_devices(list(self._started.values()))
+        if self._experts is not None:
+            self._experts.stop()
         self.weights.stop()
 
     def _new_executor(self) -> SlotExecutor:
@@ -258,6 +310,7 @@ class Machines:
             allow_unverified=self._job.config.engine.allow_unverified_architectures,
             units=(),
             lora=settings.lora,
+            experts_elsewhere=settings.experts == "shards",
             optimizer=settings.optimizer,
             seed=settings.seed,
         )
@@ -301,6 +354,8 @@ class Machines:
     def _lost(self, device_id: str, reason: str, num_slots: int) -> None:
         self._outdated.set()
         ray.kill(self._started.pop(device_id).actor)
+        if self._experts is not None:
+            self._experts.forget(device_id)
         self._tell(DeviceLost(device_id=device_id, reason=reason, num_slots=num_slots))
 
     async def _replan(self) -> None:
@@ -333,6 +388,8 @@ class Machines:
             await asyncio.sleep(_REVIVE_EVERY_S)
             if self._job.config.devices is None:
                 await self._find_joined()
+            if self._experts is not None:
+                self._experts.look_at_nodes(await asyncio.to_thread(find_hosts))
             missing = [
                 device
                 for device in self._topology.devices
@@ -342,8 +399,8 @@ class Machines:
                 continue
             self._hosts = await asyncio.to_thread(find_hosts)
             for device in missing:
-                started = await start_again(self._spec(device), self._hosts)
-                if started is not None:
+                started = await start_again(self._spec(device), self._hosts, self._place)
+                if started is not None and await self._is_introduced(started):
                     self._use(started)
                     self._outdated.set()
                     self._tell(DeviceJoined(device_id=device.id))

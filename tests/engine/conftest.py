@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from expert_cases import OpenFleet, fleets
 from tiny_models import make_model
 from transformers import AutoModelForCausalLM
 
@@ -45,3 +46,10 @@ def reference() -> Iterator[Callable[[Path], Any]]:
 
     yield load
     models.clear()
+
+
+@pytest.fixture
+def open_fleet(checkpoint_dir: Callable[..., Path]) -> Iterator[OpenFleet]:
+    """Open fleets of expert workers; they end with the test."""
+    with fleets(checkpoint_dir) as make:
+        yield make

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,6 @@ from expert_cases import (
     NUM_NEW,
     SHORT,
     OpenFleet,
-    fleets,
     prompts,
     rows,
     tokens_of,
@@ -39,12 +38,6 @@ from actors.engine.fingerprint import expert_fingerprint
 from actors.expert_links import ExpertCallError, ExpertLinks, ExpertNode, Patience
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def open_fleet(checkpoint_dir: Callable[..., Path]) -> Iterator[OpenFleet]:
-    with fleets(checkpoint_dir) as make:
-        yield make
 
 
 # --- losing workers ---------------------------------------------------------------------------
@@ -177,6 +170,8 @@ def test_generation_survives_a_killed_process_and_names_the_last_one(
 class Interrupted:
     """A dispatcher before whose n-th call something happens."""
 
+    is_frozen = False
+
     def __init__(self, links: ExpertLinks, number: int, happen: Callable[[], None]) -> None:
         self._links = links
         self._left = number
@@ -256,3 +251,23 @@ def test_a_failed_backward_is_not_sent_again(open_fleet: OpenFleet) -> None:
     with pytest.raises(ExpertCallError, match="f1 did not answer"):
         links.backward(LAYER, COUNTS, rows(), rows(1))
     assert links.num_repeated == 0
+
+
+def test_a_failed_backward_through_frozen_experts_is_sent_again(open_fleet: OpenFleet) -> None:
+    fleet = open_fleet("olmoe", 2)
+    wanted = fleet.links().backward(LAYER, COUNTS, rows(), rows(1))
+    for worker in fleet.workers.values():
+        worker.take_gradients()
+
+    def take_over(_: ExpertError) -> None:
+        links.use(without(fleet.routes, "f1"))
+
+    patience = replace(SHORT, reroute_s=LONG_S)
+    links = fleet.links(patience=patience, is_frozen=True, on_failure=take_over)
+    fleet.workers["f1"].stop()
+
+    got = links.backward(LAYER, COUNTS, rows(), rows(1))
+
+    assert torch.allclose(got, wanted, rtol=1e-4, atol=1e-6)
+    assert links.num_repeated == 1
+    assert all(worker.take_gradients() == {} for worker in fleet.workers.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import replace
 from itertools import count
@@ -20,7 +20,6 @@ from expert_cases import (
     NUM_NEW,
     SHORT,
     OpenFleet,
-    fleets,
     prompts,
     rows,
     tokens_of,
@@ -40,12 +39,6 @@ from actors.expert_links import ExpertLinks
 from actors.expert_messages import call_message, take_answer
 
 pytestmark = pytest.mark.engine
-
-
-@pytest.fixture
-def open_fleet(checkpoint_dir: Callable[..., Path]) -> Iterator[OpenFleet]:
-    with fleets(checkpoint_dir) as make:
-        yield make
 
 
 # --- identity ---------------------------------------------------------------------------------

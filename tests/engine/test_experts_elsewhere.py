@@ -199,6 +199,8 @@ def test_tokens_stay_while_experts_move_all_the_time(
 class Patient:
     """Asks again where maps pass by faster than a call begins and ends."""
 
+    is_frozen = False
+
     def __init__(self, dispatcher: LocalDispatcher) -> None:
         self._dispatcher = dispatcher
 

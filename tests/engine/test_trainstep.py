@@ -11,6 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from expert_routes import open_hosts, spread
 from pooled_training import (
     PooledRound,
     RoundResult,
@@ -21,10 +22,11 @@ from pooled_training import (
     random_batches,
     relative_errors,
 )
-from tiny_models import ARCHITECTURES, MOE, make_model
+from tiny_models import ARCHITECTURES, MOE, make_model, num_experts
 from transformers import AutoModelForCausalLM
 
 from actors.engine.checkpoint import Checkpoint
+from actors.engine.local_experts import LocalDispatcher
 from actors.engine.trainable import TrainableModel
 from actors.engine.training_config import LoraSettings
 from actors.engine.training_values import LossScales, MicroBatch
@@ -127,6 +129,38 @@ def test_gradients_are_those_of_plain_autograd(
         assert done.loss_sum / done.num_targets + coefficient * router == pytest.approx(
             loss, rel=1e-5
         )
+
+
+@pytest.mark.parametrize("model_type", MOE)
+def test_adapters_learn_alike_where_frozen_experts_are_elsewhere(
+    model_type: str, checkpoint_dir: Dirs
+) -> None:
+    checkpoint = Checkpoint.open(str(checkpoint_dir(model_type)))
+    batches = random_batches(2)
+    scales = loss_scales(batches, ROUTER_COEFFICIENT)
+    counts, grain = CUTS[0]
+    wanted = run_round(
+        pool(checkpoint.path, lora=LORA), host_weights(checkpoint, LORA), batches, counts, grain,
+        scales=scales,
+    )  # fmt: skip
+    devices = ["a", "b", "c"]
+    routes = spread(devices, num_experts(model_type))
+    hosts = open_hosts(checkpoint, devices, routes)
+    models = pool(
+        checkpoint.path, lora=LORA, experts=LocalDispatcher(hosts, routes, is_frozen=True)
+    )
+    weights = host_weights(checkpoint, LORA, experts_elsewhere=True)
+    assert [unit.num_frozen for unit in models[0].units] == [
+        frozen.numel() for _, frozen in weights.values()
+    ]
+
+    done = run_round(models, weights, batches, counts, grain, scales=scales)
+
+    assert done.loss_sum == wanted.loss_sum
+    assert done.gradients.keys() == wanted.gradients.keys()
+    for unit, gradient in wanted.gradients.items():
+        assert torch.equal(done.gradients[unit], gradient), unit
+    assert all(host.take_gradients() == {} for host in hosts.values())
 
 
 @pytest.mark.parametrize("model_type", ["qwen3_moe", "gpt_oss", "mistral"])

@@ -21,7 +21,7 @@ from plain_training import plain_losses, plain_model
 from safetensors.torch import load_file, save_file
 from tiny_models import make_model
 
-from cluster.config import MotleyConfig
+from cluster.config import ConfigError, MotleyConfig
 from cluster.training import hosts
 from cluster.training.errors import TrainingError
 from cluster.training.events import (
@@ -399,3 +399,53 @@ def test_activations_that_overflow_end_the_run_and_name_the_layer_where_they_do(
     config = make_config(2, model=model, cut=cut, optimizer=optimizer)
     with pytest.raises(TrainingError, match=r"step 1: the loss is nan; layer 5 is the first"):
         train(config)
+
+
+# --- frozen experts elsewhere -----------------------------------------------------------------
+
+LORA = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+def test_adapters_learn_alike_with_experts_in_shards(
+    make_config: Callable[..., MotleyConfig], moe: Path
+) -> None:
+    speeds = (1.0, 0.5)
+    whole = losses(train(make_config(2, model=moe, speeds=speeds, lora=LORA)))
+    config = make_config(2, model=moe, speeds=speeds, lora=LORA, experts="shards")
+
+    sharded = losses(train(unbroken(config)))
+
+    assert sharded == pytest.approx(whole, rel=1e-5)
+    deadline_s = time.monotonic() + 60.0
+    while left := actor_processes(b"ray::ExpertWorker"):
+        assert time.monotonic() < deadline_s, left
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("title", [b"ray::ExpertWorker", b"ray::DeviceWorker"])
+def test_a_run_with_experts_in_shards_survives_a_kill(
+    title: bytes, make_config: Callable[..., MotleyConfig], moe: Path
+) -> None:
+    config = make_config(2, model=moe, lora=LORA, experts="shards", steps=9)
+
+    def watch(event: TrainingEvent) -> None:
+        if isinstance(event, StepDone) and event.step == 3 and not killed:
+            killed.append(max(actor_processes(title)))
+            os.kill(killed[0], signal.SIGKILL)
+
+    killed: list[int] = []
+    events = train(config, watch=watch)
+
+    assert killed
+    assert of_kind(events, HostsLost) == []
+    whole = losses(train(unbroken(config)))
+    assert losses(events) == pytest.approx(whole, rel=1e-5)
+
+
+def test_experts_in_shards_are_refused_where_they_cannot_be(
+    make_config: Callable[..., MotleyConfig], moe: Path
+) -> None:
+    with pytest.raises(ValueError, match="experts: shards keeps them frozen, and without lora"):
+        make_config(1, model=moe, experts="shards")
+    with pytest.raises(ConfigError, match=r"no routed experts; .*training.experts: layers"):
+        train(make_config(1, lora=LORA, experts="shards"))

@@ -42,11 +42,12 @@ def host_weights(
     *,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    experts_elsewhere: bool = False,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Every unit's weights as training starts from them."""
     return {
         unit.name: initial_weights(checkpoint, unit, lora, dtype=dtype, seed=seed)
-        for unit in training_units(checkpoint, lora)
+        for unit in training_units(checkpoint, lora, experts_elsewhere=experts_elsewhere)
     }
 
 

@@ -70,6 +70,17 @@ def test_stages_see_the_model_without_experts_and_the_memory_that_experts_leave(
         assert needed.get(device.id, 0) <= memory_cap_bytes(left.memory_bytes, 0.1)
 
 
+def test_room_for_guests_is_kept_where_devices_share_a_node() -> None:
+    bare, kept = (
+        plan_serving(config, profile_of(config), declared_topology(config)).shards
+        for config in (config_of(nodes="aab", guest_experts=number) for number in (0, 3))
+    )
+    assert bare is not None
+    assert kept is not None
+    more = [kept.num_slots(d) - bare.num_slots(d) for d in kept.devices]
+    assert more == [kept.num_guests(device) for device in kept.devices] == [3, 3, 0]
+
+
 def test_a_device_without_layers_holds_experts() -> None:
     config = config_of(layer_counts=(6, 0, 0))
     served = plan_serving(config, profile_of(config), declared_topology(config))
