@@ -5,23 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 
-from actors.engine.arrays import Array, as_tensor, to_array
-from actors.engine.checkpoint import Checkpoint
-from actors.engine.export import (
-    read_adapter_unit,
-    read_model_unit,
-    read_optimizer_state,
-    write_adapter,
-    write_model,
-    write_optimizer_state,
-)
 from actors.engine.training_values import EMBEDDING_UNIT, HEAD_UNIT
 from actors.hosting import FleetError, Host
 from actors.pool_values import PoolDeviceSpec
@@ -45,6 +35,7 @@ from cluster.training.job import TrainingJob
 from cluster.training.planner import RunPlanner
 from cluster.training.pool import StartedDevice, start_again, start_devices, stop_devices
 from cluster.training.rounds import units_of
+from cluster.training.saving import load_units, save_units
 from placement.costs import memory_cap_bytes
 from placement.dispatch import SlotDispatcher
 from placement.errors import InfeasiblePlanError
@@ -173,32 +164,8 @@ class Machines:
     async def load(self, folder: Path | None, step: int) -> None:
         """Bring every trained unit to what a step folder holds; None: to the model's own."""
         self.weights.resume_at(step)
-        if folder is None:
-            return
-        job = self._job
-        dtype = getattr(torch, job.settings.optimizer.weight_dtype)
-        saved = (
-            None
-            if job.settings.lora
-            else Checkpoint.open(
-                str(folder), allow_unverified=job.config.engine.allow_unverified_architectures
-            )
-        )
-        for unit in job.units:
-            if not unit.trained:
-                continue
-
-            def read(unit: Any = unit) -> tuple[Array, dict[str, Array]]:
-                if saved is None:
-                    flat = read_adapter_unit(folder, unit, dtype=dtype)
-                else:
-                    flat = read_model_unit(saved, unit, dtype=dtype)
-                state = read_optimizer_state(folder, unit.name)
-                return to_array(flat), {name: to_array(part) for name, part in state.items()}
-
-            flat, state = await asyncio.to_thread(read)
-            await self.weights.restore(unit.name, step, flat, state)
-        self.weights.table.drop_below(step)
+        if folder is not None:
+            await load_units(self._job, self.weights, folder, step)
 
     async def restart_hosts(self) -> None:
         """Start the weight hosts anew after one died; what devices were doing is given up."""
@@ -228,46 +195,19 @@ class Machines:
             self._traced.clear()
 
     async def save(self, step: int, tokens: int, losses: tuple[float, ...]) -> Path:
-        """Write a checkpoint; units come from their hosts one at a time.
+        """Write a checkpoint.
 
         Raises:
             CheckpointSaveError: It cannot be written; those before it are untouched.
         """
-        job, loop = self._job, asyncio.get_running_loop()
-        dtype = getattr(torch, job.settings.optimizer.weight_dtype)
         state = TrainingState(
             step=step,
-            seed=job.settings.seed,
+            seed=self._job.settings.seed,
             settings=self._fixed,
             tokens_seen=tokens,
             losses=losses,
         )
-
-        def weights(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-            for unit in job.units:
-                if unit.trained:
-                    exporting = asyncio.run_coroutine_threadsafe(
-                        self.weights.export(unit.name), loop
-                    )
-                    flat, unit_state = exporting.result()
-                    tensors = {name: torch.from_numpy(a.copy()) for name, a in unit_state.items()}
-                    write_optimizer_state(folder, unit.name, tensors)
-                    yield unit.name, as_tensor(flat, dtype)
-
-        def write(folder: Path) -> None:
-            if job.settings.lora is None:
-                write_model(folder, job.checkpoint, job.units, weights(folder), dtype=dtype)
-            else:
-                write_adapter(
-                    folder,
-                    job.checkpoint,
-                    job.units,
-                    weights(folder),
-                    lora=job.settings.lora,
-                    base_model=str(job.checkpoint.path),
-                )
-
-        return await asyncio.to_thread(job.folder.save, step, write, state)
+        return await save_units(self._job, self.weights, state)
 
     def close(self) -> None:
         """Stop all actors."""
