@@ -1,7 +1,7 @@
 """What an operator asks of the controller, over HTTP.
 
 GET  /controller             what it is doing, and what it would do now
-POST /controller/rebalance   move to the best plan now, if it gains
+POST /controller/rebalance   {"dry_run": false}, or nothing: move to the best plan now, if it gains
 POST /controller/drain       {"node": ..., "cancel": false}: let a node hold nothing
 """
 
@@ -25,6 +25,15 @@ class DrainBody(BaseModel):
     """Use it again."""
 
 
+class RebalanceBody(BaseModel):
+    """May be left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    dry_run: bool = False
+    """Move nothing."""
+
+
 class ControllerRoutes:
     """The endpoints of one service."""
 
@@ -40,7 +49,10 @@ class ControllerRoutes:
             }
         )
 
-    async def rebalance(self) -> Response:
+    async def rebalance(self, request: Request) -> Response:
+        body = await read_body(request, RebalanceBody, limit=self._limit, empty=RebalanceBody())
+        if body.dry_run:
+            return JSONResponse({"would": await self._service.would_move()})
         return JSONResponse({"would": await self._service.rebalance()}, 202)
 
     async def drain(self, request: Request) -> Response:

@@ -221,9 +221,13 @@ class Needs:
         current_caller().check(self.need)
 
 
-async def read_body(request: Request, model: type[Body], *, limit: BodyLimit) -> Body:
-    """Read a body within its limits and parse it."""
+async def read_body(
+    request: Request, model: type[Body], *, limit: BodyLimit, empty: Body | None = None
+) -> Body:
+    """Read a body within its limits and parse it; `empty` is what none at all stands for."""
     body = await read_bytes(request, limit=limit)
+    if not body and empty is not None:
+        return empty
     try:
         return model.model_validate_json(bytes(body))
     except ValidationError as error:
