@@ -1,7 +1,4 @@
-"""The controller's log: what it began with, then every event and the commands that followed.
-
-An incident is a list of events: a log replays to the same commands, or names the first that differ.
-"""
+"""The controller's log: what it began with, then every event and the commands that followed."""
 
 from __future__ import annotations
 
@@ -9,18 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from placement.plain import from_plain, to_plain
+from placement.event_log import Kinds, Opened, first_difference, named
 from placement.stages import StagesPlan
 from placement.steering.settings import ControllerSettings
-from placement.steering.values import Command, Event, command_from_json, event_from_json
+from placement.steering.values import Command, Event
 from placement.topology import Topology
 from placement.workload import ModelProfile, ServingWorkload
 
-LOG_FORMAT = 1
+_EVENTS: Kinds[Event] = Kinds("event", Event)
+_COMMANDS: Kinds[Command] = Kinds("command", Command)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Opening:
+class Opening(Opened):
     """What a controller is made of: the first entry of a log."""
 
     profile: ModelProfile
@@ -29,17 +27,6 @@ class Opening:
     settings: ControllerSettings
     in_force: StagesPlan | None = None
     last_epoch: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"format": LOG_FORMAT, **to_plain(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Opening:
-        """Rebuild what `to_json` wrote; raises ValueError for anything else."""
-        if value.get("format") != LOG_FORMAT:
-            raise ValueError(f"format ({value.get('format')!r}) must be {LOG_FORMAT}")
-        return from_plain(cls, {name: part for name, part in value.items() if name != "format"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,18 +38,13 @@ class LogEntry:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "event": self.event.to_json(),
-            "commands": [command.to_json() for command in self.commands],
-        }
+        return {"event": named(self.event), "commands": [named(each) for each in self.commands]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> LogEntry:
         """Rebuild what `to_json` wrote; raises ValueError for anything else."""
-        return cls(
-            event=event_from_json(value["event"]),
-            commands=tuple(command_from_json(command) for command in value["commands"]),
-        )
+        commands = tuple(_COMMANDS.build(each) for each in value["commands"])
+        return cls(event=_EVENTS.build(value["event"]), commands=commands)
 
 
 class Handler(Protocol):
@@ -74,14 +56,8 @@ class Handler(Protocol):
 
 def replay(controller: Handler, entries: Iterable[LogEntry]) -> str:
     """Handle the events of a log again; returns the first difference in words ("" without)."""
-    for index, entry in enumerate(entries):
-        commands = controller.handle(entry.event)
-        if tuple(commands) != entry.commands:
-            kinds = [type(command).__name__ for command in commands]
-            logged = [type(command).__name__ for command in entry.commands]
-            return (
-                f"entry {index} ({type(entry.event).__name__} at {entry.event.at_s:g} s) now gives "
-                f"{kinds or 'no commands'} and the log has {logged or 'none'}"
-                + (", with other contents" if kinds == logged else "")
-            )
-    return ""
+    return first_difference(
+        controller.handle,
+        entries,
+        told=lambda event: f"{type(event).__name__} at {event.at_s:g} s",
+    )

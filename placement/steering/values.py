@@ -1,37 +1,17 @@
 """What the controller hears (events) and what it says (commands), as values.
 
 Every event carries the time it is told at, in seconds on one clock of the shell's; the controller
-has no other. Events of one node come in the order in which they happened. Events and commands turn
-into plain JSON and back, so that a log of them replays.
+has no other. Events of one node come in the order in which they happened. Events and commands are
+made of what `placement.plain` knows, so that a log of them replays.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Self, get_args
 
-from placement.plain import from_plain, to_plain
 from placement.stages import StagesPlan
 from placement.topology import Device, Link
-
-
-class _Plain:
-    """Turns a value into plain JSON, with its name under "kind", and back."""
-
-    __slots__ = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {"kind": type(self).__name__, **to_plain(self)}
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Rebuild what `to_json` wrote; raises ValueError for anything else."""
-        if value.get("kind") != cls.__name__:
-            raise ValueError(f"kind ({value.get('kind')!r}) must be {cls.__name__!r}")
-        return from_plain(cls, {name: part for name, part in value.items() if name != "kind"})
 
 
 def _check(owner: str, **numbers: float) -> None:
@@ -41,7 +21,7 @@ def _check(owner: str, **numbers: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NodeJoined(_Plain):
+class NodeJoined:
     """A node offers its devices; also a node that was lost, or whose figures changed."""
 
     at_s: float
@@ -61,7 +41,7 @@ class NodeJoined(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class NodeLost(_Plain):
+class NodeLost:
     """A node is gone, with all that its devices held."""
 
     at_s: float
@@ -70,7 +50,7 @@ class NodeLost(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DeviceLost(_Plain):
+class DeviceLost:
     """A stage died with its layers and KV; its node is there and may host another."""
 
     at_s: float
@@ -98,7 +78,7 @@ class StageMeasurement:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StagesMeasured(_Plain):
+class StagesMeasured:
     """One window of serving. It is told in every window, also when nothing ran."""
 
     at_s: float
@@ -118,7 +98,7 @@ class StagesMeasured(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LinkMeasured(_Plain):
+class LinkMeasured:
     """What one node can send to another now."""
 
     at_s: float
@@ -141,14 +121,14 @@ class LinkMeasured(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PlanRequested(_Plain):
+class PlanRequested:
     """An operator asks to rebalance now."""
 
     at_s: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DrainRequested(_Plain):
+class DrainRequested:
     """A node shall hold nothing, while requests go on."""
 
     at_s: float
@@ -156,7 +136,7 @@ class DrainRequested(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DrainCancelled(_Plain):
+class DrainCancelled:
     """A node that drains, or has been released, may be used again."""
 
     at_s: float
@@ -164,7 +144,7 @@ class DrainCancelled(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MoveDone(_Plain):
+class MoveDone:
     """The plan of this epoch is in force (after `Deploy` or `MoveLayers`)."""
 
     at_s: float
@@ -177,7 +157,7 @@ class MoveDone(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MoveFailed(_Plain):
+class MoveFailed:
     """The plan of this epoch is not in force; the one before is, but for what was lost."""
 
     at_s: float
@@ -190,7 +170,7 @@ class MoveFailed(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LanesChanged(_Plain):
+class LanesChanged:
     """As many lanes serve now (after `ChangeLanes`)."""
 
     at_s: float
@@ -198,7 +178,7 @@ class LanesChanged(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tick(_Plain):
+class Tick:
     """Time passes."""
 
     at_s: float
@@ -221,7 +201,7 @@ Event = (
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Deploy(_Plain):
+class Deploy:
     """Build this plan from nothing: no stage of the plan in force is left, or there is none."""
 
     epoch: int
@@ -230,7 +210,7 @@ class Deploy(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MoveLayers(_Plain):
+class MoveLayers:
     """Go from the plan in force to this one while lanes go on.
 
     It takes the place of every command before it that is not done. Layers whose holder is lost are
@@ -248,7 +228,7 @@ class MoveLayers(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ChangeLanes(_Plain):
+class ChangeLanes:
     """Serve with this many lanes."""
 
     num_lanes: int
@@ -256,39 +236,17 @@ class ChangeLanes(_Plain):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReleaseNode(_Plain):
+class ReleaseNode:
     """A node that drains holds nothing any more and is not used until the drain is cancelled."""
 
     node: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Halt(_Plain):
+class Halt:
     """No plan fits what is there: requests wait, or are refused with this reason."""
 
     reason: str
 
 
 Command = Deploy | MoveLayers | ChangeLanes | ReleaseNode | Halt
-
-_EVENTS: dict[str, type[Event]] = {kind.__name__: kind for kind in get_args(Event)}
-_COMMANDS: dict[str, type[Command]] = {kind.__name__: kind for kind in get_args(Command)}
-
-
-def event_from_json(value: Mapping[str, Any]) -> Event:
-    """Rebuild an event of any kind; raises ValueError for anything else."""
-    event: Event = _kind_of(_EVENTS, value, "event").from_json(value)
-    return event
-
-
-def command_from_json(value: Mapping[str, Any]) -> Command:
-    """Rebuild a command of any kind; raises ValueError for anything else."""
-    command: Command = _kind_of(_COMMANDS, value, "command").from_json(value)
-    return command
-
-
-def _kind_of(kinds: Mapping[str, Any], value: Mapping[str, Any], what: str) -> Any:
-    kind = kinds.get(str(value.get("kind")))
-    if kind is None:
-        raise ValueError(f"unknown {what} {value.get('kind')!r}; known are {', '.join(kinds)}")
-    return kind

@@ -44,8 +44,6 @@ from placement.steering.values import (
     StageMeasurement,
     StagesMeasured,
     Tick,
-    command_from_json,
-    event_from_json,
 )
 from placement.topology import Device, Link, LinkRate, Topology
 from placement.workload import ModelProfile
@@ -927,12 +925,12 @@ def link(source_node: str, target_node: str) -> Link:
 )
 def test_an_event_that_cannot_be_is_refused(value: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        event_from_json(value)
+        LogEntry.from_json({"event": value, "commands": []})
 
 
 def test_a_command_that_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown command None"):
-        command_from_json({})
+        LogEntry.from_json({"event": {"kind": "Tick", "at_s": 1.0}, "commands": [{}]})
 
 
 @pytest.mark.parametrize(
