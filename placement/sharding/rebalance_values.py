@@ -71,13 +71,24 @@ class ExpertDeviceLost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExpertDeviceJoined:
-    """A device offers slots and holds nothing; or one that is known has other rates or slots.
+    """A device offers slots and holds nothing; or one that is known has other rates or slots, or is
+    to leave no more.
 
     A known one keeps what it holds (tell that it is lost first if it does not), and a rebalancing
     that goes on is given up: tell rates that changed much, not every measurement.
     """
 
     device: ExpertDevice
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExpertDeviceLeaving:
+    """A device is to hold nothing, and will not be used again until it joins.
+
+    It serves until others have what it holds, and is then named by no map.
+    """
+
+    device_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +105,7 @@ ExpertEvent = (
     | MapRefused
     | ExpertDeviceLost
     | ExpertDeviceJoined
+    | ExpertDeviceLeaving
     | RebalanceRequested
 )
 

@@ -9,7 +9,9 @@ that a lost device took along: these are read from the checkpoint at once, outsi
 because their rows wait.
 
 What goes wrong ends the rebalancing and keeps the map in force: a failed copy, a refused map. A
-device that is lost or joins ends it too, and gives the next map.
+device that is lost or joins ends it too, and gives the next map. So does one that is to leave:
+layer by layer others load what it alone holds, outside the budget, for an operator waits; the last
+map then names it no more.
 
 No clock: steps are the measure of time. Equal events give equal commands.
 """
@@ -40,6 +42,7 @@ from placement.sharding.rebalance_values import (
     CopyFailed,
     ExpertCommand,
     ExpertDeviceJoined,
+    ExpertDeviceLeaving,
     ExpertDeviceLost,
     ExpertEvent,
     HaltExperts,
@@ -81,6 +84,8 @@ class ExpertRebalancer:
         self.last_decision: RebalanceDecision | None = None
         self._settings = settings
         self._devices = list(current.devices)
+        self._leaving: set[str] = set()
+        """Devices that are not to be used, the gone included."""
         self._held = _copies(current)
         self._told: ExpertMap | None = None
         self._last_version = current.version
@@ -112,6 +117,11 @@ class ExpertRebalancer:
         return self._rows_LE
 
     @property
+    def leaving(self) -> frozenset[str]:
+        """Devices that are to hold nothing, and do not yet."""
+        return frozenset(self._leaving & {device.id for device in self._devices})
+
+    @property
     def is_moving(self) -> bool:
         """A rebalancing is going on."""
         return bool(self._swaps)
@@ -140,10 +150,8 @@ class ExpertRebalancer:
                 return self._in_force(event.version)
             case MapRefused():
                 return self._refused(event)
-            case ExpertDeviceLost():
-                return self._lost(event)
-            case ExpertDeviceJoined():
-                return self._joined(event.device)
+            case ExpertDeviceLost() | ExpertDeviceJoined() | ExpertDeviceLeaving():
+                return self._fleet_changed(event)
             case RebalanceRequested():
                 self._is_forced = True
                 return []
@@ -157,6 +165,8 @@ class ExpertRebalancer:
                 f"loads have shape {summary.recent_rows_LE.shape}; the map has "
                 f"{self._rows_LE.shape[0]} layers of {self._rows_LE.shape[1]} experts"
             )
+        if self.leaving:
+            return self._vacate()
         if int(summary.recent_steps_L.min()) < self._settings.least_steps:
             return []
         self._rows_LE = summary.recent_rows_LE
@@ -180,13 +190,17 @@ class ExpertRebalancer:
         return []
 
     def _begin(self, decision: RebalanceDecision) -> None:
-        slots = [device.slots_per_layer for device in self._devices]
         for layer, planned in decision.layers:
-            held = tuple(map(frozenset, self.map.layers[layer].experts))
-            staging = self._settings.staging_slots
-            layouts = layouts_between(held, planned.layout, slots, staging_slots=staging)
-            self._swaps += [_Swap(layer, layout) for layout in layouts]
+            self._queue(layer, planned.layout)
         self._prepare()
+
+    def _queue(self, layer: int, wanted: Layout) -> None:
+        """Queue the swaps that take a layer to what its devices shall hold."""
+        held = tuple(map(frozenset, self.map.layers[layer].experts))
+        slots = [device.slots_per_layer for device in self._devices]
+        staging = self._settings.staging_slots
+        layouts = layouts_between(held, wanted, slots, staging_slots=staging)
+        self._swaps += [_Swap(layer, layout) for layout in layouts]
 
     def _prepare(self) -> None:
         """List what the first swap has to load."""
@@ -291,10 +305,12 @@ class ExpertRebalancer:
         named = _copies(self.map)
         self._in_flight = {m for m in self._in_flight if _Copy(m.target, m.piece) in named}
         commands += self._ask_for_missing()
-        if self._swaps:
-            self._prepare()
-            commands += self._change_over()
-        return commands
+        if not self._swaps:
+            return [*commands, *self._vacate()]
+        self._prepare()
+        if self.leaving:
+            commands += self._load_whole()
+        return [*commands, *self._change_over()]
 
     def _release_unused(self) -> list[Release]:
         """Release what the map in force does not name."""
@@ -352,6 +368,16 @@ class ExpertRebalancer:
         # A told map may be in force somewhere: what it names is released when another one is.
         return [*partial, *([] if self._told else self._release_unused())]
 
+    def _fleet_changed(
+        self, event: ExpertDeviceLost | ExpertDeviceJoined | ExpertDeviceLeaving
+    ) -> list[ExpertCommand]:
+        if isinstance(event, ExpertDeviceLost):
+            return self._lost(event)
+        if isinstance(event, ExpertDeviceJoined):
+            return self._joined(event.device)
+        self._leaving.add(event.device_id)
+        return [*self._abandon(), *self._vacate()]
+
     def _lost(self, event: ExpertDeviceLost) -> list[ExpertCommand]:
         left = [device for device in self._devices if device.id != event.device_id]
         if len(left) == len(self._devices):
@@ -365,6 +391,7 @@ class ExpertRebalancer:
         return self._regroup(left, f"{event.device_id} is lost: {event.reason}")
 
     def _joined(self, device: ExpertDevice) -> list[ExpertCommand]:
+        self._leaving.discard(device.id)
         others = [known for known in self._devices if known.id != device.id]
         is_known = len(others) < len(self._devices)
         if not device.slots_per_layer:
@@ -387,6 +414,31 @@ class ExpertRebalancer:
         is_loss = not set(self.map.device_ids) <= set(made.map.device_ids)
         reason = f"{why}; {len(made.reloads)} experts are read again"
         return [*commands, *self._tell(made.map, reason, is_recovery=is_loss)]
+
+    def _vacate(self) -> list[ExpertCommand]:
+        """Take what devices that leave hold to the others, as soon as nothing else goes on."""
+        leaving = self.leaving
+        if not leaving or self.halted or self._swaps or self._told or self.missing:
+            return []
+        left = [device for device in self._devices if device.id not in leaving]
+        try:
+            made = recover(self.map, left, self._rows_LE, objective=self._settings.objective)
+        except InfeasiblePlanError:
+            return []  # until a device joins
+        if not made.reloads:
+            self._devices = left
+            return self._tell(made.map, f"{', '.join(sorted(leaving))} leaves")
+        for layer in sorted({each.layer for each in made.reloads}):
+            held = dict(zip(made.map.device_ids, made.map.layers[layer].experts, strict=True))
+            self._queue(layer, tuple(frozenset(held.get(d.id, ())) for d in self._devices))
+        self._prepare()
+        return [*self._load_whole(), *self._change_over()]
+
+    def _load_whole(self) -> list[Move]:
+        """Ask for all that the first swap loads, whatever the budget."""
+        wanted = [copy for copy, left_bytes in self._loading.items() if left_bytes]
+        self._loading = dict.fromkeys(self._loading, 0)
+        return self._reload(wanted)
 
     def _halt(self, reason: str) -> list[ExpertCommand]:
         self.halted = reason

@@ -21,6 +21,7 @@ from placement.sharding.rebalance_values import (
     CopyFailed,
     ExpertCommand,
     ExpertDeviceJoined,
+    ExpertDeviceLeaving,
     ExpertDeviceLost,
     HaltExperts,
     LoadsMeasured,
@@ -294,6 +295,72 @@ def test_a_reload_that_is_not_wanted_any_more_may_fail() -> None:
         assert fleet.tell(CopyFailed(move=move, reason="failed")) == []
 
 
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+def test_a_device_that_leaves_serves_until_others_have_what_it_holds(name: str) -> None:
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceLeaving(device_id=name))
+    versions = []
+    while fleet.told or fleet.moves:
+        # No expert is ever missing, and no step has to be done for it.
+        assert fleet.of.missing == ()
+        if fleet.moves:
+            fleet.copy(fleet.moves[0])
+        else:
+            assert fleet.told is not None
+            assert not fleet.told.is_recovery
+            versions.append(fleet.told.map.version)
+            fleet.use_map()
+
+    assert fleet.of.leaving == frozenset()
+    assert name not in fleet.of.map.device_ids
+    assert not any(device_id == name for device_id, _ in fleet.bytes_of)
+    assert versions == sorted(set(versions))
+    # It is not used again, whatever the load, until it joins.
+    fleet.tell(measured([ZIPF[::-1], ZIPF]))
+    fleet.settle()
+    assert name not in fleet.of.map.device_ids
+    fleet.tell(ExpertDeviceJoined(device=next(one for one in FLEET if one.id == name)))
+    fleet.use_map()
+    assert name in fleet.of.map.device_ids
+
+
+def test_a_device_stays_while_the_others_cannot_hold_every_expert() -> None:
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceLeaving(device_id="a"))
+    fleet.settle()
+    assert fleet.tell(ExpertDeviceLeaving(device_id="b")) == []
+    assert (fleet.of.halted, fleet.of.leaving) == (None, frozenset({"b"}))
+    # Another one joins.
+    fleet.tell(ExpertDeviceJoined(device=device("d", slots=4)))
+    while fleet.told or fleet.moves:
+        fleet.use_map() if fleet.told else fleet.copy(fleet.moves[0])
+    assert set(fleet.of.map.device_ids) == {"c", "d"}
+
+
+def test_a_device_that_leaves_and_is_wanted_after_all_stays() -> None:
+    fleet = Fleet(rebalancer())
+    before = fleet.of.map
+    fleet.tell(ExpertDeviceLeaving(device_id="a"))
+    assert fleet.moves
+    fleet.tell(ExpertDeviceJoined(device=FLEET[0]))
+    fleet.settle()
+    assert fleet.of.leaving == frozenset()
+    assert set(fleet.of.map.device_ids) == set(before.device_ids)
+
+
+def test_a_failed_copy_is_tried_again_for_a_device_that_leaves() -> None:
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceLeaving(device_id="a"))
+    failed = fleet.moves.pop(0)
+    fleet.tell(CopyFailed(move=failed, reason="the disk is slow"))
+    assert fleet.of.leaving == frozenset({"a"})
+    assert not fleet.of.is_moving
+    # At the next look at the loads, however few steps there were.
+    fleet.tell(measured([ZIPF] * NUM_LAYERS, steps=0))
+    fleet.settle()
+    assert "a" not in fleet.of.map.device_ids
+
+
 def test_loads_are_not_believed_before_enough_steps_nor_when_malformed() -> None:
     one = rebalancer()
     one.handle(measured([ZIPF[::-1], ZIPF], steps=3))
@@ -319,6 +386,7 @@ class RebalancingMachine(RuleBasedStateMachine):
         self.fleet = Fleet(rebalancer(cool_down_steps=1))
         self.of = self.fleet.of
         self.alive = {one.id: one for one in FLEET}
+        self.leaving: set[str] = set()
         self.num_joined = 0
         self.step_bytes = 0
         self.versions = [self.of.map.version]
@@ -329,10 +397,12 @@ class RebalancingMachine(RuleBasedStateMachine):
                 # Validated as a whole by its type; versions only grow.
                 assert command.map.version > self.versions[-1]
                 self.versions.append(command.map.version)
-                assert set(command.map.device_ids) == set(self.alive)
+                named = set(command.map.device_ids)
+                assert self.alive.keys() - self.leaving <= named <= self.alive.keys()
             if isinstance(command, Move):
                 assert command.target in self.alive
-                is_urgent = (command.target, command.piece) in self.of.missing
+                is_reload = (command.target, command.piece) in self.of.missing
+                is_urgent = is_reload or bool(self.of.leaving)
                 self.step_bytes += 0 if is_urgent else command.num_bytes
         assert self.step_bytes <= BUDGET_BYTES
 
@@ -398,7 +468,10 @@ class RebalancingMachine(RuleBasedStateMachine):
         self.note(self.fleet.tell(MapRefused(version=told.map.version, reason="refused")))
         assert self.of.map == before
         # Devices that joined with it are not part of the fleet, and rates are those of before.
-        self.alive = {one.id: one for one in before.devices}
+        gone = self.leaving - set(before.device_ids)
+        self.alive = {i: one for i, one in self.alive.items() if i in gone} | {
+            one.id: one for one in before.devices
+        }
 
     @precondition(lambda self: self.alive)
     @rule(data=st.data())
@@ -412,6 +485,13 @@ class RebalancingMachine(RuleBasedStateMachine):
         fleet = self.fleet
         fleet.bytes_of = {key: size for key, size in fleet.bytes_of.items() if key[0] != lost}
         fleet.moves = [move for move in fleet.moves if lost not in (move.target, move.source)]
+
+    @precondition(lambda self: self.alive)
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        left = data.draw(st.sampled_from(sorted(self.alive)))
+        self.leaving.add(left)
+        self.note(self.fleet.tell(ExpertDeviceLeaving(device_id=left)))
 
     @precondition(lambda self: len(self.alive) < 4)
     @rule(
@@ -429,6 +509,7 @@ class RebalancingMachine(RuleBasedStateMachine):
         old = self.alive[data.draw(st.sampled_from(sorted(self.alive)))]
         new = device(old.id, slots=slots, speed=speed, node=old.node)
         self.alive[new.id] = new
+        self.leaving.discard(new.id)
         self.note(self.fleet.tell(ExpertDeviceJoined(device=new)))
 
     @invariant()
@@ -471,7 +552,9 @@ class RebalancingMachine(RuleBasedStateMachine):
 
     @invariant()
     def it_halts_exactly_when_the_slots_do_not_hold_every_expert(self) -> None:
-        num_slots = sum(one.slots_per_layer for one in self.alive.values())
+        in_use = [one for one in self.of._devices if one.id in self.alive]
+        num_slots = sum(one.slots_per_layer for one in in_use)
+        assert self.alive.keys() - self.leaving <= {one.id for one in in_use}
         assert bool(self.of.halted) == (num_slots < NUM_EXPERTS)
 
 
