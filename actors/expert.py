@@ -113,21 +113,23 @@ class ExpertWorker:
             self._is_serving = True
             self._loop.start()
 
-    def prepare(self, version: int, experts: Mapping[int, Sequence[int]]) -> None:
+    def prepare(
+        self, version: int, experts: Mapping[int, Sequence[int]], *, in_place: bool = False
+    ) -> None:
         """Load what a map version has here, beside running calls; all of it, or nothing changes.
 
         Raises:
             ExpertError: See `ExpertHost.prepare`.
         """
-        self._host.prepare(version, experts)
+        self._host.prepare(version, experts, in_place=in_place)
 
-    def fetch(self, layer: int, expert: int) -> None:
-        """Load an expert for a version to come, beside running calls; see `ExpertHost.fetch`.
+    def fetch(self, layer: int, expert: int, share: float) -> None:
+        """Load an expert for a version to come, or this share of it; see `ExpertHost.fetch`.
 
         Raises:
             ExpertError: No such expert, or no free slot.
         """
-        self._host.fetch(layer, expert)
+        self._host.fetch(layer, expert, share=share)
 
     def release(self, layer: int, expert: int) -> None:
         """Undo `fetch`."""

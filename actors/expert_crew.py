@@ -85,6 +85,8 @@ class ExpertCrew:
         self._monitor = monitor
         self._callers: dict[Member, wire.Address] = {}
         """Stages, and where workers answer them."""
+        self._unsettled: list[Member] = []
+        """Stages whose step may still go on by a map before that in force."""
         self._turn = threading.RLock()
         """Held while somebody is introduced, or the map changes."""
 
@@ -147,9 +149,8 @@ class ExpertCrew:
                 _results(stages, used, deadline_s)
 
     def forget(self, member: Member) -> None:
-        """A stage is no more, and may have left its socket behind."""
-        with self._turn:
-            address = self._callers.pop(member, None)
+        """A stage is no more, and may have left its socket behind. Waits for nobody."""
+        address = self._callers.pop(member, None)
         if address is not None:
             wire.remove_socket(address)
 
@@ -158,41 +159,75 @@ class ExpertCrew:
         with self._turn:
             if self.members.get(str(worker.key)) is worker:
                 del self.members[str(worker.key)]
-            for stage in self._callers:
+            for stage in list(self._callers):
                 stage.actor.lose_experts.remote([address_of(worker)])
-            self._connect()
+            # Others of its node may hang as well, and are waited for by nobody here.
+            self._tell_connections()
         end_for_certain(worker)
 
-    def use(self, made: ExpertMap, timeout_s: float, look: Callable[[], Loss | None]) -> None:
+    def use(
+        self,
+        made: ExpertMap,
+        timeout_s: float,
+        look: Callable[[], Loss | None],
+        *,
+        in_place: bool = False,
+    ) -> None:
         """Bring a map into force, which is then so for every living stage.
 
-        `look` says whether some worker is known to be lost, for which it would wait in vain.
+        `look` says whether some worker is known to be lost, for which it would wait in vain. In
+        place, devices give up what only maps before need, for room (see `ExpertHost.prepare`).
 
         Raises:
-            FleetError: A device of it is gone or cannot hold what it names; nothing has changed.
+            FleetError: A device of it is gone or cannot hold what it names; the map in force stays
+                (in place: it does not serve any more).
         """
         with self._turn:
             deadline_s = time.monotonic() + timeout_s
-            self._prepare(made, deadline_s, look)
-            workers, stages = self._addresses(), list(self._callers)
-            calls = [stage.actor.use_experts.remote(made, workers, _SETTLE_S) for stage in stages]
+            self._prepare(made, deadline_s, look, in_place=in_place)
             self.map = made
-            for stage, call in zip(stages, calls, strict=True):
-                try:
-                    ray.get(call, timeout=_SETTLE_S + _CALL_TIMEOUT_S)
-                except (RayError, GetTimeoutError) as error:
-                    # It is lost, or will be; whoever comes in its place begins with this map.
-                    _log.warning("expert map %d: %s: %s", made.version, stage.name, cause_of(error))
-            for device_id in made.device_ids:
-                self.members[device_id].actor.swap.remote(made.version)
+            self._unsettled = list(self._callers)
+            self.retire(_SETTLE_S)
 
-    def fetch(self, device_id: str, layer: int, expert: int) -> Any:
-        """Have a device load an expert for a map to come; `layer` is the map's. Returns the call.
+    def retire(self, settle_s: float = 0.0) -> None:
+        """Have devices forget maps before that in force, once no step goes on by one."""
+        with self._turn:
+            if not self._unsettled:
+                return
+            stages, workers = self._unsettled, self._addresses()
+            calls = [
+                stage.actor.use_experts.remote(self.map, workers, settle_s) for stage in stages
+            ]
+            self._unsettled = [
+                stage
+                for stage, call in zip(stages, calls, strict=True)
+                if stage in self._callers and not self._has_settled(stage, call, settle_s)
+            ]
+            if not self._unsettled:
+                present = [self.members[d] for d in self.map.device_ids if d in self.members]
+                swaps = [worker.actor.swap.remote(self.map.version) for worker in present]
+                ray.wait(swaps, num_returns=len(swaps), timeout=_CALL_TIMEOUT_S)
+
+    def _has_settled(self, stage: Member, call: Any, settle_s: float) -> bool:
+        try:
+            return bool(ray.get(call, timeout=settle_s + _CALL_TIMEOUT_S))
+        except GetTimeoutError:
+            _log.warning("expert map %d: %s does not answer", self.map.version, stage.name)
+            return False
+        except RayError as error:
+            # It is lost; whoever comes in its place begins with this map.
+            _log.warning("expert map %d: %s: %s", self.map.version, stage.name, cause_of(error))
+            return True
+
+    def fetch(self, device_id: str, layer: int, expert: int, share: float) -> Any:
+        """Have a device load an expert for a map to come, or this share of it; `layer` is the
+        map's. Returns the call.
 
         Raises:
             FleetError: The device is gone.
         """
-        return self._member(device_id).actor.fetch.remote(self.spec.layers[layer], expert)
+        actor = self._member(device_id).actor
+        return actor.fetch.remote(self.spec.layers[layer], expert, share)
 
     def release(self, device_id: str, layer: int, expert: int) -> None:
         """Have a device let go of an expert that no map needs; a lost one has already."""
@@ -208,11 +243,20 @@ class ExpertCrew:
         results = _results(list(stages.values()), calls, time.monotonic() + _CALL_TIMEOUT_S)
         return dict(zip(stages, results, strict=True))
 
-    def _prepare(self, made: ExpertMap, deadline_s: float, look: Callable[[], Loss | None]) -> None:
+    def _prepare(
+        self,
+        made: ExpertMap,
+        deadline_s: float,
+        look: Callable[[], Loss | None],
+        *,
+        in_place: bool,
+    ) -> None:
         workers = [self._member(device_id) for device_id in made.device_ids]
         calls = [
             worker.actor.prepare.remote(
-                made.version, held_by(made, self.spec.layers, str(worker.key))
+                made.version,
+                held_by(made, self.spec.layers, str(worker.key)),
+                in_place=in_place,
             )
             for worker in workers
         ]
@@ -224,7 +268,15 @@ class ExpertCrew:
             raise
 
     def _connect(self) -> None:
-        """Tell every worker who calls it and who else is on its node."""
+        """Tell every worker who calls it and who else is on its node, and wait until they know."""
+        deadline_s = time.monotonic() + _CALL_TIMEOUT_S
+        for worker, call in self._tell_connections():
+            try:
+                _results([worker], [call], deadline_s)
+            except FleetError as error:
+                _log.warning("%s", error)  # it is found by the watch
+
+    def _tell_connections(self) -> list[tuple[Member, Any]]:
         workers = list(self.members.values())
         callers = list(self._callers.values())
         calls = []
@@ -235,13 +287,8 @@ class ExpertCrew:
                 for other in workers
                 if other is not worker and self.spec.devices[str(other.key)].node == node
             }
-            calls.append(worker.actor.connect.remote(callers, siblings))
-        deadline_s = time.monotonic() + _CALL_TIMEOUT_S
-        for worker, call in zip(workers, calls, strict=True):
-            try:
-                _results([worker], [call], deadline_s)
-            except FleetError as error:
-                _log.warning("%s", error)  # it is found by the watch
+            calls.append((worker, worker.actor.connect.remote(callers, siblings)))
+        return calls
 
     def _addresses(self) -> dict[str, wire.Address]:
         return {device_id: address_of(worker) for device_id, worker in self.members.items()}

@@ -47,7 +47,11 @@ class ExpertCallError(ExpertError):
 
 
 class ExpertRefusal(ExpertCallError):
-    """A node has said that it cannot serve the call."""
+    """A node has said that it cannot serve the call; `is_of_map`: another map may help."""
+
+    def __init__(self, message: str, devices: Sequence[str], *, is_of_map: bool) -> None:
+        super().__init__(message, devices)
+        self.is_of_map = is_of_map
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,8 @@ class ExpertLinks:
                 _log.warning("layer %d, map version %d: %s", layer, routes.version, error)
                 failure = error if isinstance(error, ExpertError) else ExpertCallError(str(error))
                 self._on_failure(failure)
+                if isinstance(failure, ExpertRefusal) and not failure.is_of_map:
+                    raise failure from None
                 if not self._another_than(routes):
                     raise failure from None
                 self.num_repeated += 1
@@ -274,9 +280,16 @@ class ExpertLinks:
             outbox.close()
 
     def _current(self) -> NodeRoutes:
+        """Return the map in force; the first one is waited for, as one after a failure is."""
         with self._changed:
+            wait_s = self._patience.reroute_s
+            self._changed.wait_for(lambda: (self._routes or self._next) is not None, wait_s)
             if self._routes is None:
-                raise ExpertError("no expert map is in force yet; `use` one before the first step")
+                self._change()
+            if self._routes is None:
+                raise ExpertError(
+                    f"no expert map is in force after {wait_s:g} s; experts are being made good"
+                )
             self._running = self._routes
             return self._routes
 
@@ -387,7 +400,7 @@ class ExpertLinks:
         self, parts: Sequence[memoryview], awaited: dict[int, _Awaited], out_SH: torch.Tensor
     ) -> None:
         try:
-            number, rows_SH, refusal = take_answer(parts)
+            number, rows_SH, refusal, is_of_map = take_answer(parts)
         except ValueError as error:
             _log.warning("%s dropped a message: %s", self.address.name, error)
             return
@@ -395,7 +408,7 @@ class ExpertLinks:
             return  # of a call that was given up
         devices, _, spans = awaited.pop(number)
         if rows_SH is None:
-            raise ExpertRefusal(refusal, devices)
+            raise ExpertRefusal(refusal, devices, is_of_map=is_of_map)
         wanted = (sum(end - start for start, end in spans), out_SH.shape[1])
         if rows_SH.shape != wanted or rows_SH.dtype != out_SH.dtype:
             raise ExpertCallError(

@@ -1,7 +1,7 @@
 """Messages between a stage and expert workers, and between the workers of a node.
 
-A call is [kind, ExpertCall, tensors], its answer [ROWS, number, tensor] or [REFUSED, number and
-why]. A tensor is two parts (see `actors.engine.frames`).
+A call is [kind, ExpertCall, tensors], its answer [ROWS, number, tensor] or [REFUSED, (number, why,
+whether another map may help)]. A tensor is two parts (see `actors.engine.frames`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Answer(NamedTuple):
     rows_SH: torch.Tensor | None
     """None: it was refused."""
     refusal: str = ""
+    is_of_map: bool = False
+    """Of a refusal: another map may help."""
 
 
 def call_message(
@@ -62,8 +64,8 @@ def answer_message(number: int, rows_SH: torch.Tensor) -> list[bytes | memoryvie
     return [wire.ROWS, msgpack.packb(number), *encode_tensor(rows_SH)]
 
 
-def refusal_message(number: int, why: str) -> list[bytes | memoryview]:
-    return [wire.REFUSED, msgpack.packb([number, why[: _MOST_TEXT_BYTES // 4]])]
+def refusal_message(number: int, why: str, *, is_of_map: bool) -> list[bytes | memoryview]:
+    return [wire.REFUSED, msgpack.packb([number, why[: _MOST_TEXT_BYTES // 4], is_of_map])]
 
 
 def take_answer(parts: Sequence[memoryview]) -> Answer:
@@ -74,9 +76,9 @@ def take_answer(parts: Sequence[memoryview]) -> Answer:
         answer = Answer(number, decode_tensor(parts[2], parts[3]))
     elif kind == wire.REFUSED and len(parts) == 2:
         value = unpack(parts[1], max_bytes=_MOST_TEXT_BYTES)
-        if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str):
+        if not isinstance(value, list) or [type(each) for each in value[1:]] != [str, bool]:
             raise ValueError("a refusal out of place")
-        answer = Answer(value[0], None, value[1])
+        answer = Answer(value[0], None, *value[1:])
     else:
         raise ValueError(f"{kind!r} of {len(parts)} parts is no answer")
     if not is_whole(answer.number, high=_MOST_NUMBER):

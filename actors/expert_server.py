@@ -16,7 +16,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from actors import wire
-from actors.engine.expert_calls import ExpertCall, ExpertError, ExpertRows, Portion
+from actors.engine.expert_calls import (
+    ExpertCall,
+    ExpertError,
+    ExpertMapError,
+    ExpertRows,
+    Portion,
+)
 from actors.engine.expert_host import ExpertHost
 from actors.engine.pace import DeviceClock
 from actors.expert_messages import (
@@ -79,7 +85,9 @@ class ExpertServer:
         """Serve these from now on; siblings are the node's other workers by device."""
         self._callers = {outbox.address.ipc: outbox for outbox in callers}
         self._siblings = siblings
-        self._keep(lambda gathering: gathering.caller in callers)
+        # An answer that is due may be a sibling's too.
+        known = [*callers, *siblings.values()]
+        self._keep(lambda gathering: gathering.caller in known)
 
     def handle(self, parts: Sequence[memoryview]) -> None:
         """Serve a call, or take a sibling's answer; anything else is dropped."""
@@ -97,7 +105,8 @@ class ExpertServer:
         except Exception as error:  # noqa: BLE001 - whatever a call raises, its caller must hear it
             if not isinstance(error, ExpertError | ValueError):
                 _log.exception("%s failed a call for layer %d", self._device_id, call.layer)
-            self._refuse(call.number, caller, f"the experts on {self._device_id}: {error}")
+            why = f"the experts on {self._device_id}: {error}"
+            self._refuse(call.number, caller, why, is_of_map=isinstance(error, ExpertMapError))
 
     def wait_s(self, most_s: float) -> float:
         """Return how long nothing is to be done but to receive."""
@@ -114,7 +123,7 @@ class ExpertServer:
             if gathering.end_s <= now_s:
                 devices = sorted({portion.device for portion, _ in gathering.missing.values()})
                 why = f"{', '.join(devices)} did not answer {self._device_id} of its node in time"
-                self._refuse(gathering.number, gathering.caller, why)
+                self._refuse(gathering.number, gathering.caller, why, is_of_map=True)
 
     def _caller(self, call: ExpertCall) -> wire.Outbox:
         boxes = [*self._callers.values(), *self._siblings.values()]
@@ -167,7 +176,7 @@ class ExpertServer:
         reached = self._siblings if call.reply_to in self._callers else {}
         for portion in call.portions:
             if portion.device != self._device_id and portion.device not in reached:
-                raise ExpertError(
+                raise ExpertMapError(
                     f"device {portion.device} is not reached from here; this node has "
                     f"{sorted([self._device_id, *self._siblings])}"
                 )
@@ -190,7 +199,8 @@ class ExpertServer:
         got_SH = answer.rows_SH
         if got_SH is None or got_SH.shape != place_SH.shape or got_SH.dtype != place_SH.dtype:
             why = answer.refusal or f"{portion.device} answered with rows of another shape or type"
-            self._refuse(gathering.number, gathering.caller, why)
+            is_of_map = answer.is_of_map
+            self._refuse(gathering.number, gathering.caller, why, is_of_map=is_of_map)
             return
         place_SH.copy_(got_SH)
         self._answer_if_whole(gathering)
@@ -204,10 +214,10 @@ class ExpertServer:
         else:
             gathering.caller.send(answer_message(gathering.number, gathering.out_SH))
 
-    def _refuse(self, number: int, caller: wire.Outbox, why: str) -> None:
+    def _refuse(self, number: int, caller: wire.Outbox, why: str, *, is_of_map: bool) -> None:
         """Tell a caller, and wait no more for the call's siblings."""
         self._keep(lambda gathering: gathering.number != number or gathering.caller is not caller)
-        caller.send(refusal_message(number, why))
+        caller.send(refusal_message(number, why, is_of_map=is_of_map))
 
     def _keep(self, is_kept: Callable[[_Gathering], bool]) -> None:
         self._gathering = {key: each for key, each in self._gathering.items() if is_kept(each)}

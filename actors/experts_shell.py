@@ -2,7 +2,7 @@
 
 A thread of its own, so that a lost worker is made good while layers move: only the replacement of
 stages and lanes needs the fleet. Copies are read by their targets from the checkpoint, in the
-background; a copy that goes in parts is read with its last one.
+background, in the parts that the rebalancer's budget makes of them.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from placement.sharding.rebalance_values import (
     DeviceMadeGood,
     ExpertCommand,
     ExpertDeviceJoined,
+    ExpertDeviceLeaving,
     ExpertDeviceLost,
     ExpertEvent,
     HaltExperts,
@@ -53,6 +54,8 @@ _MOST_RECOVERIES = 100
 _MOST_CHANGES = 50
 MOST_STARTS = 5
 """Of a device's worker, one after another, before the device is left out."""
+_IDLE_STEPS_PER_S = 20.0
+"""What may be copied while nothing is computed, and nobody disturbed, in budgets of a step."""
 _STEADY_S = 60.0
 """A worker that has lived so long is lost for another reason than the one before."""
 
@@ -68,7 +71,10 @@ class ExpertHooks:
     is_node_alive: Callable[[str], bool]
     on_interrupted: Callable[[str], None]
     """Experts are lost; what is in flight waits."""
+    on_halted: Callable[[str], None]
+    """What is left cannot hold the experts."""
     on_resumed: Callable[[], None]
+    """After either."""
     on_fatal: Callable[[str], None]
     on_entry: Callable[[ExpertEntry], None] = lambda _: None
     """Every event with the commands that followed, for a log."""
@@ -112,8 +118,12 @@ class ExpertsShell:
         self._events: SimpleQueue[ExpertEvent] = SimpleQueue()
         self._copies: dict[Any, Move] = {}
         """By the call that reads it."""
-        self._starting: dict[Any, Member] = {}
-        """Workers in the place of lost ones, by the call that waits for them."""
+        self._starting: dict[Any, tuple[Member, float]] = {}
+        """Workers in the place of lost ones and until when, by the call that waits for them."""
+        self._drains: SimpleQueue[tuple[str, bool]] = SimpleQueue()
+        """(node, whether it is to be used again after all)."""
+        self._drained: set[str] = set()
+        """Nodes whose devices are to hold nothing."""
         self._unreached: set[str] = set()
         """Devices that hold nothing until their node answers again."""
         self._back: SimpleQueue[str] = SimpleQueue()
@@ -124,7 +134,10 @@ class ExpertsShell:
         self._lost_s: dict[str, float] = {}
         """When a worker was noticed to be lost whose experts nobody serves yet, by device."""
         self._steps = 0
+        self._stepped_s = self._idle_s = time.monotonic()
+        """When steps were done last, and when what nobody needs was last given to copies."""
         self._looked_s = 0.0
+        self._is_halted = False
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="experts", daemon=True)
 
@@ -138,7 +151,7 @@ class ExpertsShell:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join(_JOIN_TIMEOUT_S)
-        for worker in self._starting.values():
+        for worker, _ in self._starting.values():
             end_for_certain(worker)
 
     def tell(self, event: ExpertEvent) -> None:
@@ -153,6 +166,10 @@ class ExpertsShell:
     def rejoin(self, node: str) -> None:
         """A node answers again: its devices are to hold experts; from any thread."""
         self._back.put(node)
+
+    def drain(self, node: str, *, cancel: bool) -> None:
+        """Let a node's devices hold nothing, or use them again; from any thread."""
+        self._drains.put((node, cancel))
 
     def _run(self) -> None:
         try:
@@ -172,9 +189,11 @@ class ExpertsShell:
         self._end_copies()
         self._start_on_nodes_back()
         self._take_in_started()
+        self._obey_drains()
         self._count_steps()
         if time.monotonic() - self._looked_s >= self._settings.window_s:
             self._looked_s = time.monotonic()
+            self._crew.retire()
             self._look_at_loads()
         try:
             while True:
@@ -196,6 +215,8 @@ class ExpertsShell:
     def _start_again(self, device_id: str) -> None:
         """Start another worker in the place of a lost one; it is taken in when it is ready."""
         node = self._offers[device_id].node
+        if node in self._drained:
+            return
         now_s = time.monotonic()
         if now_s - self._started_s.get(device_id, now_s) > _STEADY_S:
             self._num_starts.pop(device_id, None)
@@ -209,7 +230,8 @@ class ExpertsShell:
             self._unreached.add(device_id)
             return
         worker = self._crew.start_worker(device_id)
-        self._starting[worker.actor.ready.remote()] = worker
+        deadline_s = now_s + self._settings.start_timeout_s
+        self._starting[worker.actor.ready.remote()] = worker, deadline_s
 
     def _start_on_nodes_back(self) -> None:
         while not self._back.empty():
@@ -222,18 +244,43 @@ class ExpertsShell:
 
     def _take_in_started(self) -> None:
         for call in _done(self._starting):
-            worker = self._starting.pop(call)
-            device_id = str(worker.key)
+            worker, _ = self._starting.pop(call)
             try:
                 worker.address = ray.get(call)
             except RayError as error:
-                _log.warning("%s did not start: %s", worker.name, cause_of(error))
-                end_for_certain(worker)
-                self._start_again(device_id)
+                self._give_up_start(worker, cause_of(error))
                 continue
             self._crew.admit([worker])
             self._watch([worker])
-            self._handle(ExpertDeviceJoined(device=self._offers[device_id]))
+            offer = self._offers[str(worker.key)]
+            if offer.node not in self._drained:
+                self._handle(ExpertDeviceJoined(device=offer))
+        now_s = time.monotonic()
+        for call, (worker, deadline_s) in list(self._starting.items()):
+            if now_s > deadline_s:
+                del self._starting[call]
+                timeout_s = self._settings.start_timeout_s
+                self._give_up_start(worker, f"{timeout_s:g} s have passed (ray.start_timeout_s)")
+
+    def _give_up_start(self, worker: Member, reason: str) -> None:
+        _log.warning("%s did not start: %s", worker.name, reason)
+        end_for_certain(worker)
+        self._start_again(str(worker.key))
+
+    def _obey_drains(self) -> None:
+        while not self._drains.empty():
+            node, is_cancelled = self._drains.get()
+            (self._drained.discard if is_cancelled else self._drained.add)(node)
+            for device_id, offer in self._offers.items():
+                if offer.node != node:
+                    continue
+                if not is_cancelled:
+                    self._handle(ExpertDeviceLeaving(device_id=device_id))
+                elif device_id in self._crew.members:
+                    self._handle(ExpertDeviceJoined(device=offer))
+                elif all(str(worker.key) != device_id for worker, _ in self._starting.values()):
+                    self._num_starts.pop(device_id, None)
+                    self._start_again(device_id)
 
     def _end_copies(self) -> None:
         for call in _done(self._copies):
@@ -246,11 +293,16 @@ class ExpertsShell:
                 self._handle(CopyDone(move=move))
 
     def _count_steps(self) -> None:
-        steps = self._hooks.steps()
+        now_s, steps = time.monotonic(), self._hooks.steps()
         # Of another last stage, they begin anew.
         grown = steps - self._steps if steps >= self._steps else steps
         self._steps = steps
         if grown:
+            self._stepped_s = now_s
+        elif now_s - self._stepped_s > self._settings.window_s:
+            grown = round((now_s - self._idle_s) * _IDLE_STEPS_PER_S)
+        if grown:
+            self._idle_s = now_s
             self._handle(StepsDone(steps=grown))
 
     def _look_at_loads(self) -> None:
@@ -297,16 +349,17 @@ class ExpertsShell:
                 return [self._use(command)]
             case HaltExperts(reason=reason):
                 _log.error("experts: %s", reason)
-                self._hooks.on_interrupted(reason)
+                self._is_halted = True
+                self._hooks.on_halted(reason)
             case _:
                 assert_never(command)
         return ()
 
     def _copy(self, move: Move) -> Sequence[ExpertEvent]:
-        if not move.is_last:
-            return [CopyDone(move=move)]
+        there_bytes = move.first_byte + move.num_bytes
+        share = 1.0 if move.is_last else there_bytes / self.rebalancer.expert_bytes
         try:
-            call = self._crew.fetch(move.target, move.piece.layer, move.piece.expert)
+            call = self._crew.fetch(move.target, move.piece.layer, move.piece.expert, share)
         except FleetError as error:
             return [CopyFailed(move=move, reason=str(error))]
         self._copies[call] = move
@@ -315,7 +368,8 @@ class ExpertsShell:
     def _use(self, command: UseMap) -> ExpertEvent:
         made, before = command.map, self._crew.map
         try:
-            self._crew.use(made, self._settings.start_timeout_s, self._look)
+            timeout_s, in_place = self._settings.start_timeout_s, command.is_recovery
+            self._crew.use(made, timeout_s, self._look, in_place=in_place)
         except FleetError as error:
             _log.warning("expert map %d did not come into force: %s", made.version, error)
             return MapRefused(version=made.version, reason=str(error))
@@ -336,8 +390,9 @@ class ExpertsShell:
             done = DeviceMadeGood(device_id=device_id, seconds=now_s - lost_s, reason=reason)
             self.recoveries.append(done)
             _log.info("experts go on %.2f s after the loss of %s", done.seconds, device_id)
-        if self._lost_s:
+        if self._lost_s or self._is_halted:
             self._lost_s.clear()
+            self._is_halted = False
             self._hooks.on_resumed()
 
     def _look(self) -> Loss | None:

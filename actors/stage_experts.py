@@ -87,16 +87,17 @@ class StageExperts:
         """Divide rows by this map from the next step on; one older than that in force is ignored.
 
         Where a device is no more, from the next layer on. Returns whether no call runs by the map
-        before any more, for which it waits so long.
+        before any more, for which it waits so long; asked again with the same map, it only waits.
         """
         access = self._access
         with self._using:
-            if current.version <= self._version:
+            if current.version < self._version:
                 return True
-            division = RowDivision(current, access.node, access.latency_s, access.guests)
-            is_recovery = not self._device_ids <= set(current.device_ids)
-            self.links.use(MapRoutes(division, access.layers, workers), at_once=is_recovery)
-            self._version, self._device_ids = current.version, frozenset(current.device_ids)
+            if current.version > self._version:
+                division = RowDivision(current, access.node, access.latency_s, access.guests)
+                is_recovery = not self._device_ids <= set(current.device_ids)
+                self.links.use(MapRoutes(division, access.layers, workers), at_once=is_recovery)
+                self._version, self._device_ids = current.version, frozenset(current.device_ids)
         return self.links.settle(settle_s)
 
     def loads(self) -> dict[Phase, LoadSummary]:

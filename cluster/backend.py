@@ -201,11 +201,12 @@ class Backend(Protocol):
 
         Where experts are sharded also "experts": "version" (of the map in force), "reason" (why
         nothing is served, or what was last decided), "is_moving", "maps" (that came into force),
-        "copies" (device id: experts of all layers), "layers" (those of the model that have some),
-        by these "loads" (of each expert, 1 is the layer's mean) and "replicas" (how many devices
-        hold it), "changes" (the last maps, the newest last: "at_s" (Unix), "version", "reason",
-        "copies" that are new: "device_id", "layer", "expert"), "guests" (device id: experts that it
-        took in for rows of long prompts) and "recoveries" ("device_id", "seconds", "reason").
+        "copies" (device id: experts of all layers), "nodes" (device id: its node), "layers" (those
+        of the model that have some), by these "loads" (of each expert, 1 is the layer's mean) and
+        "replicas" (how many devices hold it), "changes" (the last maps, the newest last: "at_s"
+        (Unix), "version", "reason", "copies" that are new: "device_id", "layer", "expert"),
+        "guests" (device id: experts that it took in for rows of long prompts) and "recoveries"
+        ("device_id", "seconds", "reason").
         """
         ...
 

@@ -22,6 +22,8 @@ _READ_BYTES_PER_S = 500e6
 """At which a device reads experts from its node's copy of the checkpoint: a common SSD."""
 _LEAST_GUEST_ROWS = 128
 """Of an expert that is a guest for its rows: fewer make too small a difference."""
+_REROUTE_FRACTION = 0.75
+"""Of a step's time, for another map after a failure."""
 _ASK_FOR_GUEST_S = 1e-3
 """From counting a layer's rows until a device begins to read a guest."""
 
@@ -65,7 +67,9 @@ def crew_spec(
                 node=node,
                 latency_s=_latencies_s(topology, node, nodes - {node}),
                 guests=guests,
-                patience=Patience(answer_s=longest_s, reroute_s=longest_s),
+                # The reason is told before whoever asked for the step gives it up.
+                patience=Patience(answer_s=longest_s, reroute_s=_REROUTE_FRACTION * longest_s),
+                is_frozen=is_frozen,
             )
             for node in nodes
         },

@@ -107,6 +107,7 @@ def experts_document(
             device.id: sum(len(layer.experts[position]) for layer in current.layers)
             for position, device in enumerate(current.devices)
         },
+        "nodes": {device.id: device.node for device in current.devices},
         "guests": dict(guests),
         "recoveries": [asdict(each) for each in recoveries],
     }

@@ -40,9 +40,12 @@ from cluster.profile import LOCAL
 from cluster.ray_session import joins_cluster
 from cluster.steering import controller_document, controller_status, cut_of, experts_document
 from placement.controller import Controller
+from placement.errors import InfeasiblePlanError
 from placement.sharding.decision import RebalanceSettings
+from placement.sharding.expert_map import ExpertMap
 from placement.sharding.log import ExpertOpening
 from placement.sharding.rebalancer import ExpertRebalancer
+from placement.sharding.recovery import check_slots
 from placement.stages import StagesPlan
 from placement.steering.log import Opening
 from placement.steering.values import (
@@ -87,6 +90,8 @@ class Supervisor:
         self._away: set[str] = set()
         """Nodes that the controller was told are lost."""
         self._looking: asyncio.Task[None] | None = None
+        self._halts: dict[str, str] = {}
+        """Why stages, or experts, cannot be served."""
         self._giving_up: asyncio.TimerHandle | None = None
         settings = config.controller
         is_forced = config.plan.layer_counts is not None
@@ -127,7 +132,7 @@ class Supervisor:
                 on_lane=partial(self._say, self._use_lane),
                 on_lane_retired=partial(self._say, dispatcher.drop_lane),
                 on_resumed=partial(self._say, dispatcher.resumed),
-                on_halt=partial(self._say, self._halt),
+                on_halt=partial(self._say, self._halt, "stages"),
                 on_entry=self._log.write,
                 on_fatal=partial(self._say, dispatcher.fail),
             ),
@@ -188,7 +193,8 @@ class Supervisor:
                 steps=self._last_stage_steps,
                 is_node_alive=self._is_node_alive,
                 on_interrupted=partial(self._say, dispatcher.interrupted),
-                on_resumed=partial(self._say, dispatcher.resumed),
+                on_halted=partial(self._say, self._halt, "experts"),
+                on_resumed=partial(self._say, self._go_on, "experts"),
                 on_fatal=partial(self._say, dispatcher.fail),
                 on_entry=self._expert_log.write,
             ),
@@ -247,8 +253,19 @@ class Supervisor:
                 f"drained; start another node that joins, or stop the deployment",
                 "node",
             )
+        if self._experts is not None:
+            if not cancel:
+                self._check_experts_fit_without(node, self._experts.rebalancer.map)
+            self._experts.drain(node, cancel=cancel)
         kind = DrainCancelled if cancel else DrainRequested
         self._shell.tell(lambda now_s: kind(at_s=now_s, node=node))
+
+    def _check_experts_fit_without(self, node: str, held: ExpertMap) -> None:
+        left = [device for device in held.devices if device.node != node]
+        try:
+            check_slots(left, held.num_experts)
+        except InfeasiblePlanError as error:
+            raise RequestError(f"experts on {node} fit nowhere else: {error}", "node") from None
 
     def _say(self, what: Callable[..., None], *arguments: Any) -> None:
         """Say something on the event loop; the shell calls from its own thread."""
@@ -277,12 +294,9 @@ class Supervisor:
         self._say(self._use_plan, plan)
 
     def _use_plan(self, plan: StagesPlan) -> None:
-        if self._giving_up is not None:
-            self._giving_up.cancel()
-            self._giving_up = None
         self._cuts[plan.epoch] = cut_of(plan)
         self._dispatcher.use_plan(plan)
-        self._dispatcher.accept()
+        self._go_on("stages")
 
     def _use_lane(self, index: int, address: Address) -> None:
         try:
@@ -290,13 +304,24 @@ class Supervisor:
         except WireError as error:
             self._dispatcher.fail(str(error))
 
-    def _halt(self, reason: str) -> None:
+    def _halt(self, what: str, reason: str) -> None:
         """Take nothing more, and give what is in flight some time."""
+        self._halts[what] = reason
         self._dispatcher.refuse(reason)
         if self._giving_up is None:
             self._giving_up = self._loop.call_later(
                 self._config.controller.recovery_timeout_s, self._dispatcher.end_all, reason
             )
+
+    def _go_on(self, what: str) -> None:
+        """Take requests again after `_halt`, unless something else cannot be served."""
+        self._dispatcher.resumed()
+        if self._halts.pop(what, None) is None or self._halts:
+            return
+        if self._giving_up is not None:
+            self._giving_up.cancel()
+            self._giving_up = None
+        self._dispatcher.accept()
 
     def _is_node_alive(self, node: str) -> bool:
         """Ask a node to run something; Ray itself takes long to miss one that hangs."""

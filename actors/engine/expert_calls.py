@@ -24,6 +24,10 @@ class ExpertError(RuntimeError):
     """Rows cannot be run through their experts; the message says where, and what to change."""
 
 
+class ExpertMapError(ExpertError):
+    """The map that rows were divided by is not, or no more, that of a device: another one helps."""
+
+
 class Piece(NamedTuple):
     """Consecutive rows of one expert that one device computes."""
 

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 
 import torch
 
-from actors.engine.expert_calls import ExpertError, Span
+from actors.engine.expert_calls import ExpertError, ExpertMapError, Span
 from actors.engine.expert_slots import ExpertSlots, Weights
 from actors.engine.row_spans import gather, scatter
 
@@ -64,12 +64,18 @@ class ExpertHost:
         """Return what a version has here."""
         return self._versions[version]
 
-    def prepare(self, version: int, experts: Mapping[int, Iterable[int]]) -> None:
+    def prepare(
+        self, version: int, experts: Mapping[int, Iterable[int]], *, in_place: bool = False
+    ) -> None:
         """Load what a version has here by layer, beside running calls. Again: nothing happens.
 
+        In place, versions before are given up first, for the room that they take: after a loss no
+        step can go on by them anyway.
+
         Raises:
-            ExpertError: An expert that does not exist, or no free slot; nothing has changed then.
-            CheckpointError: Its tensors cannot be read; nothing has changed then.
+            ExpertError: An expert that does not exist, or no free slot; nothing has changed then
+                (in place: but that the versions before are gone).
+            CheckpointError: Its tensors cannot be read; as above.
         """
         wanted = frozenset((layer, expert) for layer, own in experts.items() for expert in own)
         for layer, expert in sorted(wanted):
@@ -80,10 +86,17 @@ class ExpertHost:
                     f"map version {version} has other experts here already; give the new map "
                     "another number"
                 )
+            # Also those that are here as guests, and would leave with these.
+            added = wanted - self._fetched
+            self._fetched |= wanted
             try:
+                if in_place:
+                    self._retain(lambda number: number >= version)
+                    self._drop_unused()
                 for layer, expert in sorted(wanted - self._slots.held):
                     self._slots.load(layer, expert)
             except BaseException:
+                self._fetched -= added
                 self._drop_unused()
                 raise
             if version not in self._given_up:
@@ -92,8 +105,8 @@ class ExpertHost:
             self._fetched -= wanted
             self._drop_unused()
 
-    def fetch(self, layer: int, expert: int) -> None:
-        """Load an expert that a version to come names, beside running calls.
+    def fetch(self, layer: int, expert: int, *, share: float = 1.0) -> None:
+        """Load an expert that a version to come names, beside running calls, or this share of it.
 
         It stays until a version that named it is forgotten, or `release`.
 
@@ -102,7 +115,7 @@ class ExpertHost:
             CheckpointError: Its tensors cannot be read.
         """
         with self._changing:
-            self._slots.load(layer, expert)
+            self._slots.load(layer, expert, share=share)
             self._fetched.add((layer, expert))
 
     def release(self, layer: int, expert: int) -> None:
@@ -242,25 +255,28 @@ class ExpertHost:
     def _check(self, version: int, layer: int, experts: Sequence[tuple[int, int]]) -> None:
         holding = self._versions.get(version)
         if holding is None:
-            raise ExpertError(
+            raise ExpertMapError(
                 f"expert map version {version} is not here, there are {list(self.versions)}; "
                 "prepare it, or divide the rows by one of these"
             )
         missing = [expert for expert, _ in experts if (layer, expert) not in holding]
         if missing:
-            raise ExpertError(
+            raise ExpertMapError(
                 f"experts {missing} of layer {layer} are not here in map version {version}; the "
                 "caller's map of that version says otherwise, make it anew"
             )
 
     def _keep(self, is_kept: Callable[[int], bool]) -> None:
-        with self._turn:
-            self._versions = {n: held for n, held in self._versions.items() if is_kept(n)}
+        self._retain(is_kept)
         with self._changing:
             self._drop_unused()
+
+    def _retain(self, is_kept: Callable[[int], bool]) -> None:
+        with self._turn:
+            self._versions = {n: held for n, held in self._versions.items() if is_kept(n)}
 
     def _drop_unused(self) -> None:
         with self._turn:
             used = self._fetched.union(*self._versions.values(), self._guests)
-            for layer, expert in self._slots.held - used:
+            for layer, expert in self._slots.taken - used:
                 self._slots.drop(layer, expert)

@@ -11,7 +11,8 @@ does not depend on who holds the expert.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -24,6 +25,15 @@ from actors.engine.skeleton import build_skeleton, by_columns, fill_expert
 
 Weights = tuple[torch.Tensor, ...]
 """Of one expert: gate-up and down matrix, and their biases where it has any."""
+
+
+@dataclass(slots=True)
+class _Reading:
+    """An expert that is not whole yet."""
+
+    slot: Weights
+    chunks: Iterator[torch.Tensor]
+    values_left: int
 
 
 class ExpertSlots:
@@ -73,13 +83,15 @@ class ExpertSlots:
         """Never held for long."""
         self._free = [self._slot() for _ in range(num_slots)]
         self._held: dict[tuple[int, int], Weights] = {}
+        self._begun: dict[tuple[int, int], _Reading] = {}
         self.num_slots = num_slots
 
     @property
     def slot_bytes(self) -> int:
         """What one slot takes of the device's memory."""
         with self._placing:
-            slot = next(iter([*self._free, *self._held.values()]))
+            begun = [reading.slot for reading in self._begun.values()]
+            slot = next(iter([*self._free, *self._held.values(), *begun]))
         return sum(part.numel() * part.element_size() for part in slot)
 
     @property
@@ -88,39 +100,45 @@ class ExpertSlots:
         with self._placing:
             return frozenset(self._held)
 
-    def load(self, layer: int, expert: int) -> None:
-        """Read an expert into a free slot; nothing happens where it is held already.
+    @property
+    def taken(self) -> frozenset[tuple[int, int]]:
+        """The (layer, expert) that have a slot, whole or not."""
+        with self._placing:
+            return frozenset(self._held.keys() | self._begun.keys())
+
+    def load(self, layer: int, expert: int, *, share: float = 1.0) -> None:
+        """Read an expert into a free slot, from where it stopped until this share of it is there.
+
+        It is held once it is whole; nothing happens where it is already.
 
         Raises:
             ExpertError: No such expert, or no free slot.
             CheckpointError: Its tensors do not fit the architecture.
         """
         self.check_exists(layer, expert)
+        key = layer, expert
         with self._loading:
-            if (layer, expert) in self.held:
+            if key in self.held:
                 return
-            with self._placing:
-                if not self._free:
-                    raise ExpertError(
-                        f"expert {expert} of layer {layer} finds all {self.num_slots} slots taken; "
-                        "drop one, or give the device more slots"
-                    )
-                slot = self._free.pop()
+            reading = self._begun.get(key) or self._begin(key)
             try:
-                self._read(layer, expert, slot)
+                self._go_on(reading, share)
             except BaseException:
-                with self._placing:
-                    self._free.append(slot)
+                self._give_back(key)
                 raise
-            with self._placing:
-                self._held[layer, expert] = slot
+            if not reading.values_left:
+                with self._placing:
+                    self._held[key] = self._begun.pop(key).slot
 
     def drop(self, layer: int, expert: int) -> None:
-        """Free an expert's slot, which nobody uses any more."""
+        """Free an expert's slot, which nobody uses any more, whether it is whole or not."""
         with self._placing:
             slot = self._held.pop((layer, expert), None)
             if slot is not None:
                 self._free.append(slot)
+                return
+        with self._loading:
+            self._give_back((layer, expert))
 
     def run(
         self, layer: int, experts: Sequence[tuple[int, int]], rows_SH: torch.Tensor
@@ -217,10 +235,42 @@ class ExpertSlots:
             parts.append(by_columns(part) if is_turned and not self._module.is_transposed else part)
         return tuple(parts)
 
-    def _read(self, layer: int, expert: int, slot: Weights) -> None:
-        stored = self._stored.get((layer, None), []) + self._stored.get((layer, expert), [])
+    def _begin(self, key: tuple[int, int]) -> _Reading:
+        layer, expert = key
+        with self._placing:
+            if not self._free:
+                raise ExpertError(
+                    f"expert {expert} of layer {layer} finds all {self.num_slots} slots taken; "
+                    "drop one, or give the device more slots"
+                )
+            slot = self._free.pop()
+            reading = self._begun[key] = _Reading(slot, iter(()), sum(p.numel() for p in slot))
+        stored = self._stored.get((layer, None), []) + self._stored.get(key, [])
         parts = dict(zip(self._names, slot, strict=True))
-        self.bytes_read += fill_expert(self._checkpoint, stored, expert, self.num_experts, parts)
+        try:
+            reading.chunks = fill_expert(self._checkpoint, stored, expert, self.num_experts, parts)
+        except BaseException:
+            self._give_back(key)
+            raise
+        return reading
+
+    def _go_on(self, reading: _Reading, share: float) -> None:
+        values = sum(part.numel() for part in reading.slot)
+        is_whole = share >= 1.0
+        # To the end also when all values are there: whether they all are is checked last.
+        while is_whole or values - reading.values_left < share * values:
+            chunk = next(reading.chunks, None)
+            if chunk is None:
+                return
+            reading.values_left -= chunk.numel()
+            self.bytes_read += chunk.numel() * chunk.element_size()
+
+    def _give_back(self, key: tuple[int, int]) -> None:
+        """Free the slot of an expert that is not whole."""
+        with self._placing:
+            reading = self._begun.pop(key, None)
+            if reading is not None:
+                self._free.append(reading.slot)
 
 
 def _stored_by_expert(

@@ -7,7 +7,7 @@ attention function that is asked for, and `motley_experts`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,8 @@ from actors.engine.experts import EXPERTS_NAME
 
 Progress = Callable[[float], None]
 """Told the share of the bytes that has been read, 0 to 1."""
+_CHUNK_BYTES = 2**20
+"""Of an expert that is read beside steps, at once."""
 
 
 def build_skeleton(checkpoint: Checkpoint, dtype: torch.dtype, *, attention: str) -> Any:
@@ -118,52 +120,56 @@ def fill_expert(
     expert: int,
     num_experts: int,
     parts: Mapping[str, torch.Tensor],
-) -> int:
+) -> Iterator[torch.Tensor]:
     """Read one expert's tensors into `parts`, by the last word of their parameters' names.
 
-    Of a tensor that holds all experts of a layer, only this one's bytes are read. Returns the bytes
-    read.
+    Goes on in chunks of about `_CHUNK_BYTES` as it is asked for the next, and yields what it has
+    read. Of a tensor that holds all experts of a layer, only this one's bytes are read.
 
     Raises:
         CheckpointError: A tensor has no place or another shape, or a part is left unfilled.
     """
     filled: dict[str, int] = dict.fromkeys(parts, 0)
-    num_bytes = 0
-    for info, tensor in _read_expert(stored, expert, num_experts):
-        name = info.parameter.rpartition(".")[2]
-        if name not in parts:
-            raise CheckpointError(
-                f"{info.file}: tensor {info.stored_name!r} has no place in an expert of "
-                f"{checkpoint.architecture} ({', '.join(parts)})"
-            )
-        _copy(_half(parts[name], info), info, tensor)
-        filled[name] += tensor.numel()
-        num_bytes += tensor.numel() * tensor.element_size()
+    for file, infos in by_file(stored).items():
+        # Mapped: `pread` would read all of a tensor of which a slice is wanted.
+        with safe_open(file, framework="pt", backend="mmap") as handle:
+            for info in infos:
+                name = info.parameter.rpartition(".")[2]
+                if name not in parts:
+                    raise CheckpointError(
+                        f"{info.file}: tensor {info.stored_name!r} has no place in an expert of "
+                        f"{checkpoint.architecture} ({', '.join(parts)})"
+                    )
+                target = _half(parts[name], info)
+                for chunk in _copy_expert(target, info, handle, expert, num_experts):
+                    filled[name] += chunk.numel()
+                    yield chunk
     for name, part in parts.items():
         if filled[name] != part.numel():
             raise CheckpointError(
                 f"{checkpoint.path}: {name} of expert {expert} has {filled[name]} of "
                 f"{part.numel()} values; a shard is missing"
             )
-    return num_bytes
 
 
-def _read_expert(
-    stored: Iterable[TensorInfo], expert: int, num_experts: int
-) -> Iterator[tuple[TensorInfo, torch.Tensor]]:
-    for file, infos in by_file(stored).items():
-        # Mapped: `pread` would read all of a tensor of which a slice is wanted.
-        with safe_open(file, framework="pt", backend="mmap") as handle:
-            for info in infos:
-                if info.expert is not None:
-                    yield info, handle.get_tensor(info.stored_name)
-                elif info.shape[0] == num_experts:
-                    yield info, handle.get_slice(info.stored_name)[expert]
-                else:
-                    raise CheckpointError(
-                        f"{file}: {info.stored_name!r} holds {info.shape[0]} experts, config.json "
-                        f"says {num_experts}; is it of another checkpoint?"
-                    )
+def _copy_expert(
+    target: torch.Tensor, info: TensorInfo, handle: Any, expert: int, num_experts: int
+) -> Iterator[torch.Tensor]:
+    """Copy an expert's part of a stored tensor, some rows at a time; yields them."""
+    is_fused = info.expert is None
+    if is_fused and info.shape[0] != num_experts:
+        raise CheckpointError(
+            f"{info.file}: {info.stored_name!r} holds {info.shape[0]} experts, config.json "
+            f"says {num_experts}; is it of another checkpoint?"
+        )
+    _check_shape(target, info, info.shape[1:] if is_fused else info.shape)
+    tensor = handle.get_slice(info.stored_name)
+    num_rows = max(1, _CHUNK_BYTES * len(target) // max(1, target.numel() * target.element_size()))
+    for start in range(0, len(target), num_rows):
+        end = min(start + num_rows, len(target))
+        chunk: torch.Tensor = tensor[expert, start:end] if is_fused else tensor[start:end]
+        target[start:end].copy_(chunk)
+        yield chunk
 
 
 def by_file(infos: Iterable[TensorInfo]) -> dict[Path, list[TensorInfo]]:
@@ -199,9 +205,13 @@ def _half(matrix: torch.Tensor, info: TensorInfo) -> torch.Tensor:
 
 
 def _copy(target: torch.Tensor, info: TensorInfo, tensor: torch.Tensor) -> None:
-    if target.shape != tensor.shape:
+    _check_shape(target, info, tensor.shape)
+    target.copy_(tensor)
+
+
+def _check_shape(target: torch.Tensor, info: TensorInfo, shape: Sequence[int]) -> None:
+    if tuple(target.shape) != tuple(shape):
         raise CheckpointError(
-            f"{info.file}: {info.stored_name!r} has shape {tuple(tensor.shape)}, the architecture "
+            f"{info.file}: {info.stored_name!r} has shape {tuple(shape)}, the architecture "
             f"expects {tuple(target.shape)}; is config.json of another checkpoint?"
         )
-    target.copy_(tensor)

@@ -44,24 +44,34 @@ def drain(target: HttpTarget, node: str, output: Output, *, cancel: bool, timeou
         output.result({"node": node, "drained": False}, Text(f"{node} may be used again"))
         return
     deadline_s = time.monotonic() + timeout_s
-    while stages := _stages_on(target, node):
+    while held := _held_on(target, node):
         if time.monotonic() > deadline_s:
             controller = fetch_json(target, "/controller")["controller"]
             reason = controller.get("drains", {}).get(node) or controller["reason"]
             raise NotReadyError(
-                f"{node} still holds {', '.join(stages)} after {timeout_s:g} s: {reason}; the "
+                f"{node} still holds {', '.join(held)} after {timeout_s:g} s: {reason}; the "
                 f"drain stands until `motley drain {node} --cancel`"
             )
         time.sleep(_POLL_S)
     output.result({"node": node, "drained": True}, Text(f"{node} holds nothing any more"))
 
 
-def _stages_on(target: HttpTarget, node: str) -> list[str]:
+def _held_on(target: HttpTarget, node: str) -> list[str]:
+    """Name stages on a node; once there are none, devices with experts."""
     status = fetch_json(target, "/status")
-    return [
+    stages = [
         f"layers {stage['first_layer']} to {stage['end_layer']} on {stage['device']}"
         for stage in status["stages"]
         if stage["node"] == node
+    ]
+    if stages:
+        return stages
+    controller = fetch_json(target, "/controller", timeout_s=_PLAN_TIMEOUT_S)["controller"]
+    experts = controller.get("experts", {"nodes": {}})
+    return [
+        f"{experts['copies'][device]} experts on {device}"
+        for device, at in experts["nodes"].items()
+        if at == node
     ]
 
 

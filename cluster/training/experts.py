@@ -78,6 +78,7 @@ class TrainingExperts:
                 steps=lambda: 0,
                 is_node_alive=lambda node: _is_there(self._hosts[node]),
                 on_interrupted=lambda reason: _log.warning("experts: %s", reason),
+                on_halted=lambda reason: _log.error("experts: %s", reason),
                 on_resumed=lambda: _log.info("experts go on"),
                 on_fatal=on_fatal,
             ),

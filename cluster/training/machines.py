@@ -150,6 +150,8 @@ class Machines:
             await self._experts.serve({each.spec.device.id: each.actor for each in devices})
         except FleetError as error:
             stop_devices(devices)
+            for each in devices:
+                self._experts.forget(each.spec.device.id)
             raise TrainingError(str(error)) from error
 
     async def _is_introduced(self, device: StartedDevice) -> bool:

@@ -55,6 +55,8 @@ from placement.sharding.rebalance_values import (
 )
 from placement.sharding.recovery import recover
 
+_MOST_OFFERS = 3
+
 
 class _Swap(NamedTuple):
     """One layer changes over to what its devices shall hold."""
@@ -84,6 +86,10 @@ class ExpertRebalancer:
         self.last_decision: RebalanceDecision | None = None
         self._settings = settings
         self._devices = list(current.devices)
+        self._refused_devices: list[ExpertDevice] = []
+        """Have joined with a map that was refused, maybe for another one's sake."""
+        self._num_offers: Counter[str] = Counter()
+        """Of maps with such a device, by its id."""
         self._leaving: set[str] = set()
         """Devices that are not to be used, the gone included."""
         self._held = _copies(current)
@@ -99,6 +105,8 @@ class ExpertRebalancer:
         self._rows_LE = np.ones((len(current.layers), current.num_experts))
         self._cool_steps = 0
         self._is_forced = False
+        self._has_room = False
+        """A device has joined that holds nothing yet."""
 
     @property
     def newest(self) -> ExpertMap:
@@ -122,6 +130,11 @@ class ExpertRebalancer:
         return frozenset(self._leaving & {device.id for device in self._devices})
 
     @property
+    def expert_bytes(self) -> int:
+        """Of one expert of a layer."""
+        return self._settings.expert_bytes
+
+    @property
     def is_moving(self) -> bool:
         """A rebalancing is going on."""
         return bool(self._swaps)
@@ -140,8 +153,7 @@ class ExpertRebalancer:
             case LoadsMeasured():
                 return self._measured(event)
             case StepsDone():
-                self._cool_steps = max(0, self._cool_steps - event.steps)
-                return self._load(event.steps * self._settings.step_budget_bytes)
+                return self._stepped(event.steps)
             case CopyDone():
                 return self._copied(event.move)
             case CopyFailed():
@@ -170,29 +182,37 @@ class ExpertRebalancer:
         if int(summary.recent_steps_L.min()) < self._settings.least_steps:
             return []
         self._rows_LE = summary.recent_rows_LE
-        if self.halted or self._swaps or self._told or self.missing:
+        if self._is_busy:
             return []
-        if not self._cool_steps:
-            decision = self.last_decision = decide(
-                self.map,
-                self._rows_LE,
-                self._settings,
-                drift=float(summary.drift_L.max()),
-                is_forced=self._is_forced,
-            )
-            self._is_forced = False
-            if decision.layers:
-                self._begin(decision)
-                return []
+        if not self._cool_steps and self._plan(float(summary.drift_L.max())):
+            return []
         if changed := refreshed_weights(self.map, self._rows_LE, self._settings):
             made = self.map.with_layers(changed)
             return self._tell(made, f"weights of {len(changed)} layers follow the load")
         return []
 
-    def _begin(self, decision: RebalanceDecision) -> None:
+    def _stepped(self, steps: int) -> list[ExpertCommand]:
+        self._cool_steps = max(0, self._cool_steps - steps)
+        if self._has_room and not self._is_busy and not self.leaving:
+            self._plan(0.0)
+        return [*self._load(steps * self._settings.step_budget_bytes)]
+
+    @property
+    def _is_busy(self) -> bool:
+        return bool(self.halted or self._swaps or self._told or self.missing)
+
+    def _plan(self, drift: float) -> bool:
+        """Begin a rebalancing for the loads that are known, if it pays; returns whether it does."""
+        is_forced = self._is_forced or self._has_room
+        self._is_forced = self._has_room = False
+        decision = self.last_decision = decide(
+            self.map, self._rows_LE, self._settings, drift=drift, is_forced=is_forced
+        )
         for layer, planned in decision.layers:
             self._queue(layer, planned.layout)
-        self._prepare()
+        if self._swaps:
+            self._prepare()
+        return bool(self._swaps)
 
     def _queue(self, layer: int, wanted: Layout) -> None:
         """Queue the swaps that take a layer to what its devices shall hold."""
@@ -213,7 +233,7 @@ class ExpertRebalancer:
         bytes_each = self._settings.expert_bytes
         self._loading = {copy: bytes_each for copy in wanted if copy not in self._held}
 
-    def _load(self, budget_bytes: int) -> list[ExpertCommand]:
+    def _load(self, budget_bytes: int) -> list[Move]:
         """Ask for copies of the first swap, once those asked for before are done."""
         if self._in_flight:
             return []
@@ -224,7 +244,7 @@ class ExpertRebalancer:
                 parts.append((copy, self._settings.expert_bytes - left_bytes, size))
                 self._loading[copy] = left_bytes - size
                 budget_bytes -= size
-        return [*self._moves(parts)]
+        return self._moves(parts)
 
     def _moves(self, parts: Sequence[tuple[_Copy, int, int]]) -> list[Move]:
         """Find a source for (copy, first byte, bytes) each, and note that they are on their way."""
@@ -306,7 +326,7 @@ class ExpertRebalancer:
         self._in_flight = {m for m in self._in_flight if _Copy(m.target, m.piece) in named}
         commands += self._ask_for_missing()
         if not self._swaps:
-            return [*commands, *self._vacate()]
+            return [*commands, *self._vacate(), *self._ask_again()]
         self._prepare()
         if self.leaving:
             commands += self._load_whole()
@@ -332,9 +352,20 @@ class ExpertRebalancer:
         if self._is_recovering:
             return self._halt(f"map {event.version} was refused: {event.reason}")
         self._told = None
+        named = set(self.map.device_ids)
+        self._refused_devices = [device for device in self._devices if device.id not in named]
         self._devices = list(self.map.devices)
         commands = self._abandon()
         return [*commands, *self._ask_for_missing()]
+
+    def _ask_again(self) -> list[ExpertCommand]:
+        """Offer a map with a device whose first one was refused, a few times."""
+        while self._refused_devices and not self._is_busy:
+            device = self._refused_devices.pop(0)
+            self._num_offers[device.id] += 1
+            if self._num_offers[device.id] <= _MOST_OFFERS:
+                return self._joined(device)
+        return []
 
     def _copy_failed(self, event: CopyFailed) -> list[ExpertCommand]:
         move = event.move
@@ -379,9 +410,12 @@ class ExpertRebalancer:
         return [*self._abandon(), *self._vacate()]
 
     def _lost(self, event: ExpertDeviceLost) -> list[ExpertCommand]:
+        self._refused_devices = [d for d in self._refused_devices if d.id != event.device_id]
         left = [device for device in self._devices if device.id != event.device_id]
         if len(left) == len(self._devices):
             return []
+        if sum(device.slots_per_layer for device in left) < self.map.num_experts:
+            left, self._refused_devices = [*left, *self._refused_devices], []
         self._devices = left
         self._held = {copy for copy in self._held if copy.device_id != event.device_id}
         # Copies from it fail as well; those that are still needed are asked for anew.
@@ -398,6 +432,7 @@ class ExpertRebalancer:
             return self._lost(ExpertDeviceLost(device_id=device.id, reason="it offers no slot"))
         self._devices = sorted([*others, device], key=lambda known: (known.node, known.id))
         self._is_forced = True
+        self._has_room |= not is_known
         why = "has other figures" if is_known else "has joined"
         return self._regroup(self._devices, f"{device.id} {why}")
 
@@ -418,7 +453,7 @@ class ExpertRebalancer:
     def _vacate(self) -> list[ExpertCommand]:
         """Take what devices that leave hold to the others, as soon as nothing else goes on."""
         leaving = self.leaving
-        if not leaving or self.halted or self._swaps or self._told or self.missing:
+        if not leaving or self._is_busy:
             return []
         left = [device for device in self._devices if device.id not in leaving]
         try:

@@ -165,7 +165,7 @@ def test_what_a_sibling_refuses_or_answers_wrongly_is_refused(
         node.call(0, number, a=1, b=2)
     numbers = [call.number for call in node.passed_on()]
 
-    node.hear(refusal_message(numbers[0], "version 1 is not here"))
+    node.hear(refusal_message(numbers[0], "version 1 is not here", is_of_map=True))
     node.hear(answer_message(numbers[1], torch.ones(3, 48)))
     node.hear(answer_message(numbers[2], torch.ones(2, 48).bfloat16()))
 
@@ -190,6 +190,44 @@ def test_a_silent_sibling_is_named_after_the_callers_time(open_node: Callable[..
     assert answer.refusal == "b, c did not answer a of its node in time"
     node.hear(answer_message(node.passed_on()[0].number, torch.ones(2, 48)))
     assert len(node.stages[0].sent) == 1
+
+
+def test_a_siblings_answer_that_is_due_is_not_lost_when_a_stage_is_replaced(
+    open_node: Callable[..., Node],
+) -> None:
+    node = open_node()
+    call = ExpertCall(
+        3, LAYER, 1, node.host.fingerprint, "b", 10.0, (Portion("a", (ExpertRows(1, 2),)),)
+    )
+    node.hear(call_message(wire.EXPERTS, call, [torch.ones(2, 48)]))
+    node.connect(node.stages[1:])
+
+    node.now_s += 2.0
+    node.server.tick()
+
+    assert [answer.number for answer in node.sibling.answers()] == [3]
+
+
+@pytest.mark.parametrize(
+    ("change", "is_of_map"),
+    [({"version": 9}, True), ({"fingerprint": "0" * 16}, False), ({"layer": 77}, True)],
+)
+def test_a_refusal_says_whether_another_map_may_help(
+    change: dict[str, Any], is_of_map: bool, open_node: Callable[..., Node]
+) -> None:
+    node = open_node(is_paced=False)
+    values: dict[str, Any] = {"version": 1, "fingerprint": node.host.fingerprint, "layer": LAYER}
+    values |= change
+    call = ExpertCall(
+        3, values["layer"], values["version"], values["fingerprint"], "stage 0", 10.0,
+        (Portion("a", (ExpertRows(1, 2),)),),
+    )  # fmt: skip
+
+    node.hear(call_message(wire.EXPERTS, call, [torch.ones(2, 48)]))
+
+    [answer] = node.stages[0].answers()
+    assert answer.refusal
+    assert answer.is_of_map == is_of_map
 
 
 def test_a_stage_that_was_replaced_is_not_answered(open_node: Callable[..., Node]) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tiny_models import ARCHITECTURES, MOE
 
 from actors.engine.checkpoint import Checkpoint, CheckpointError
-from actors.engine.expert_calls import ExpertError
+from actors.engine.expert_calls import ExpertError, ExpertMapError
 from actors.engine.expert_host import ExpertHost
 from actors.engine.expert_slots import ExpertSlots
 from actors.engine.fingerprint import expert_fingerprint
@@ -352,6 +352,92 @@ def test_an_expert_that_finds_no_slot_is_not_kept_in_mind(olmoe: Checkpoint) -> 
     assert slots.held == frozenset()
 
 
+def test_an_expert_is_read_in_parts_and_is_there_with_the_last(
+    olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.engine.skeleton._CHUNK_BYTES", 4096)
+    whole = ExpertHost(ExpertSlots(olmoe, 2))
+    whole.prepare(1, {0: [0, 2]})
+    slots = ExpertSlots(olmoe, 2)
+    host = ExpertHost(slots)
+    host.prepare(1, {0: [0]})
+    one_bytes, x = slots.bytes_read, rows(3)
+
+    for quarter in (1, 2, 3):
+        host.fetch(0, 2, share=quarter / 4)
+        read = slots.bytes_read - one_bytes
+        assert quarter * one_bytes <= 4 * read < quarter * one_bytes + 4 * 4096
+        assert slots.held == {(0, 0)}
+    host.fetch(0, 2)
+    assert slots.bytes_read == 2 * one_bytes
+    host.prepare(2, {0: [0, 2]})
+
+    split = [(0, 1), (2, 2)]
+    assert torch.equal(host.run(2, 0, split, x), whole.run(1, 0, split, x))
+
+
+def test_an_expert_that_is_given_up_half_read_frees_its_slot(
+    olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("actors.engine.skeleton._CHUNK_BYTES", 4096)
+    slots = ExpertSlots(olmoe, 2)
+    host = ExpertHost(slots)
+    host.prepare(1, {0: [0]})
+    host.fetch(0, 2, share=0.5)
+    with pytest.raises(ExpertError, match="finds all 2 slots taken"):
+        host.fetch(0, 3)
+
+    host.release(0, 2)
+    host.fetch(0, 3)
+
+    assert slots.held == {(0, 0), (0, 3)}
+
+
+def test_in_place_a_version_takes_the_room_of_those_before(olmoe: Checkpoint) -> None:
+    slots = ExpertSlots(olmoe, 2)
+    host = ExpertHost(slots)
+    host.prepare(1, {0: [0, 1]})
+    with pytest.raises(ExpertError, match="finds all 2 slots taken"):
+        host.prepare(2, {0: [0, 2]})
+    assert host.versions == (1,)
+
+    host.prepare(2, {0: [0, 2]}, in_place=True)
+
+    assert host.versions == (2,)
+    assert slots.held == {(0, 0), (0, 2)}
+    with pytest.raises(ExpertMapError, match="version 1 is not here"):
+        host.run(1, 0, [(0, 1)], rows(1))
+
+
+def test_a_guest_that_a_version_is_prepared_with_does_not_leave_meanwhile(
+    olmoe: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ExpertHost(ExpertSlots(olmoe, 4), num_guests=1)
+    host.prepare(1, {0: [0]})
+    host.run(1, 0, [(1, 1)], rows(1), guests=[1])
+    is_reading, may_go_on = threading.Event(), threading.Event()
+
+    def slow(checkpoint: Any, stored: Any, expert: int, *args: Any) -> Any:
+        if expert == 2:
+            is_reading.set()
+            assert may_go_on.wait(10.0)
+        return fill_expert(checkpoint, stored, expert, *args)
+
+    monkeypatch.setattr("actors.engine.expert_slots.fill_expert", slow)
+    loader = threading.Thread(target=host.prepare, args=(2, {0: [1, 2]}))
+    loader.start()
+    assert is_reading.wait(10.0)
+    other = threading.Thread(
+        target=host.run, args=(1, 0, [(3, 1)], rows(1)), kwargs={"guests": [3]}
+    )
+    other.start()
+    may_go_on.set()
+    loader.join()
+    other.join()
+
+    assert host.run(2, 0, [(1, 1), (2, 1)], rows(2)).shape == (2, WIDTH)
+
+
 # --- guests -----------------------------------------------------------------------------------
 
 
@@ -386,7 +472,7 @@ def test_guests_are_read_while_other_rows_are_computed(
         has_computed.set()
         return out
 
-    def slow(*args: Any) -> int:
+    def slow(*args: Any) -> Any:
         assert has_computed.wait(10.0)
         return fill_expert(*args)
 
@@ -446,7 +532,7 @@ def test_calls_run_while_an_expert_is_read(
     wanted = host.run(1, 0, [(0, 4)], x)
     is_reading, may_go_on = threading.Event(), threading.Event()
 
-    def slow(*args: Any) -> int:
+    def slow(*args: Any) -> Any:
         is_reading.set()
         assert may_go_on.wait(10.0)
         return fill_expert(*args)

@@ -35,7 +35,7 @@ from actors import wire
 from actors.engine.checkpoint import Checkpoint
 from actors.engine.expert_calls import ExpertCall, ExpertError, ExpertRows, Portion
 from actors.expert import ExpertWorker
-from actors.expert_links import ExpertLinks
+from actors.expert_links import ExpertLinks, Patience
 from actors.expert_messages import call_message, take_answer
 
 pytestmark = pytest.mark.engine
@@ -289,15 +289,18 @@ def test_another_checkpoints_rows_and_rows_of_another_width_are_refused(
     open_fleet: OpenFleet,
 ) -> None:
     fleet = open_fleet()
-    links = fleet.links(patience=replace(SHORT, answer_s=LONG_S))
-    stranger = fleet.links(patience=replace(SHORT, answer_s=LONG_S), fingerprint="0" * 16)
+    # No other map would help, so none is waited for.
+    patience = Patience(answer_s=LONG_S, reroute_s=3600.0)
+    links = fleet.links(patience=patience)
+    stranger = fleet.links(patience=patience, fingerprint="0" * 16)
 
     with pytest.raises(ExpertError, match=rf"of checkpoint 0{{16}}, these of {fleet.fingerprint}"):
         stranger.run(LAYER, COUNTS, rows())
     with pytest.raises(ExpertError, match=r"rows of shape \(.*, 40\) .* its experts take .*48\)"):
         links.run(LAYER, COUNTS, rows()[:, :40])
+    impatient = fleet.links(patience=replace(SHORT, answer_s=LONG_S))
     with pytest.raises(ExpertError, match="of layer 78 are not here"):
-        links.run(78, COUNTS, rows())
+        impatient.run(78, COUNTS, rows())
 
 
 def test_a_worker_with_another_checkpoint_does_not_start(
@@ -313,10 +316,23 @@ def test_a_worker_with_another_checkpoint_does_not_start(
 def test_links_without_a_map_say_so(open_fleet: OpenFleet) -> None:
     fleet = open_fleet()
     with (
-        closing(ExpertLinks("a stage", fleet.keys, fleet.fingerprint)) as links,
-        pytest.raises(ExpertError, match="no expert map is in force yet"),
+        closing(ExpertLinks("a stage", fleet.keys, fleet.fingerprint, patience=SHORT)) as links,
+        pytest.raises(ExpertError, match="no expert map is in force after"),
     ):
         links.run(LAYER, COUNTS, rows())
+
+
+def test_the_first_map_is_waited_for(open_fleet: OpenFleet) -> None:
+    fleet = open_fleet()
+    wanted = fleet.links().run(LAYER, COUNTS, rows())
+    patience = Patience(answer_s=LONG_S, reroute_s=LONG_S)
+    with closing(ExpertLinks("a stage", fleet.keys, fleet.fingerprint, patience=patience)) as links:
+        fleet.callers.append(links.address)
+        fleet.connect()
+        timer = threading.Timer(0.1, lambda: links.use(fleet.routes))
+        timer.start()
+        with links.step():
+            assert torch.equal(links.run(LAYER, COUNTS, rows()), wanted)
 
 
 # --- damaged messages -------------------------------------------------------------------------

@@ -28,7 +28,7 @@ def experts(served: HostDeployment) -> dict[str, Any]:
 
 def wait_until_held_on(device_id: str, served: HostDeployment) -> None:
     wait_until(
-        lambda: device_id in experts(served)["copies"],
+        lambda: experts(served)["copies"].get(device_id, 0) > 0,
         RECOVERED_TIMEOUT_S,
         lambda: experts(served),
     )
@@ -54,15 +54,22 @@ def test_requests_go_on_when_a_host_loses_its_experts(cluster: HostRay) -> None:
         check_identical(expected, [request.tokens for request in asked])
 
         # The worker is started again, and its host takes experts back.
-        wait_until(
-            lambda: "on-h2" in experts(served)["copies"],
-            RECOVERED_TIMEOUT_S,
-            lambda: experts(served),
-        )
+        wait_until_held_on("on-h2", served)
         again = [Asked(served, text, **GREEDY) for text in TEXTS]
         for request in again:
             request.wait()
         check_identical(expected, [request.tokens for request in again])
+
+        # Drained it holds none, while its stage has moved as well; the others serve.
+        address = lan["h2"].address
+        served.motley("drain", address)
+        assert address not in experts(served)["nodes"].values()
+        last = [Asked(served, text, **GREEDY) for text in TEXTS]
+        for request in last:
+            request.wait()
+        check_identical(expected, [request.tokens for request in last])
+        served.motley("drain", address, "--cancel")
+        wait_until_held_on("on-h2", served)
     assert served.up.poll() == 0, served.up.output
     for host in lan.values():
         wait_until(lambda host=host: not host.processes(WORKER), GONE_TIMEOUT_S)  # type: ignore[misc]
@@ -87,11 +94,7 @@ def test_a_host_that_hangs_holds_experts_again_when_it_is_back(cluster_to_break:
         assert "on-h2" not in experts(served)["copies"]
 
         lan["h2"].signal(signal.SIGCONT)
-        wait_until(
-            lambda: "on-h2" in experts(served)["copies"],
-            RECOVERED_TIMEOUT_S,
-            lambda: experts(served),
-        )
+        wait_until_held_on("on-h2", served)
         again = [Asked(served, text, **GREEDY) for text in TEXTS]
         for request in again:
             request.wait()

@@ -253,6 +253,56 @@ def test_a_refused_join_leaves_the_fleet_as_it_was() -> None:
     assert again.map.device_ids == ("a", "b")
 
 
+def test_a_device_whose_map_was_refused_for_another_ones_sake_is_asked_again() -> None:
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceLost(device_id="c", reason="killed"))
+    fleet.bytes_of = {key: size for key, size in fleet.bytes_of.items() if key[0] != "c"}
+    fleet.use_map()
+    fleet.settle()
+    [told] = fleet.tell(ExpertDeviceJoined(device=FLEET[2]))
+    assert isinstance(told, UseMap)
+    # While it is prepared another one dies.
+    fleet.told = None
+    fleet.tell(MapRefused(version=told.map.version, reason="b is gone"))
+    fleet.tell(ExpertDeviceLost(device_id="b", reason="killed"))
+    fleet.bytes_of = {key: size for key, size in fleet.bytes_of.items() if key[0] != "b"}
+
+    assert fleet.of.halted is None
+    fleet.settle()
+    assert set(fleet.of.map.device_ids) == {"a", "c"}
+
+
+def test_a_device_whose_maps_are_always_refused_is_asked_a_few_times() -> None:
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceJoined(device=device("d")))
+    num_offers = 0
+    for _ in range(20):
+        if fleet.told and "d" in fleet.told.map.device_ids:
+            num_offers += 1
+            version, fleet.told = fleet.told.map.version, None
+            fleet.tell(MapRefused(version=version, reason="d is of another version"))
+        else:
+            fleet.tell(ExpertDeviceJoined(device=device("a", speed=1.0 + 0.1 * num_offers)))
+            fleet.use_map()
+    assert num_offers == 4
+
+
+def test_a_device_that_is_back_gets_experts_though_no_loads_are_measured() -> None:
+    fleet = Fleet(rebalancer())
+    fleet.tell(ExpertDeviceLost(device_id="c", reason="killed"))
+    fleet.bytes_of = {key: size for key, size in fleet.bytes_of.items() if key[0] != "c"}
+    fleet.use_map()
+    fleet.settle()
+    fleet.tell(ExpertDeviceJoined(device=FLEET[2]))
+    fleet.use_map()
+    assert not any(device_id == "c" for device_id, _ in fleet.bytes_of)
+
+    fleet.tell(StepsDone(steps=20))
+    fleet.settle()
+
+    assert any(device_id == "c" for device_id, _ in fleet.bytes_of)
+
+
 def test_a_reload_that_keeps_failing_gives_its_device_up() -> None:
     fleet = Fleet(rebalancer(max_reload_attempts=2))
     fleet.tell(ExpertDeviceLost(device_id="a", reason="killed"))
@@ -387,6 +437,8 @@ class RebalancingMachine(RuleBasedStateMachine):
         self.of = self.fleet.of
         self.alive = {one.id: one for one in FLEET}
         self.leaving: set[str] = set()
+        self.refused: dict[str, ExpertDevice] = {}
+        """Alive, and not in use since their map was refused; they are asked for again."""
         self.num_joined = 0
         self.step_bytes = 0
         self.versions = [self.of.map.version]
@@ -398,6 +450,8 @@ class RebalancingMachine(RuleBasedStateMachine):
                 assert command.map.version > self.versions[-1]
                 self.versions.append(command.map.version)
                 named = set(command.map.device_ids)
+                for each in named & self.refused.keys():
+                    self.alive[each] = self.refused.pop(each)
                 assert self.alive.keys() - self.leaving <= named <= self.alive.keys()
             if isinstance(command, Move):
                 assert command.target in self.alive
@@ -469,7 +523,9 @@ class RebalancingMachine(RuleBasedStateMachine):
         assert self.of.map == before
         # Devices that joined with it are not part of the fleet, and rates are those of before.
         gone = self.leaving - set(before.device_ids)
-        self.alive = {i: one for i, one in self.alive.items() if i in gone} | {
+        others = {i: one for i, one in self.alive.items() if i not in before.device_ids}
+        self.refused |= {i: one for i, one in others.items() if i not in gone}
+        self.alive = {i: one for i, one in others.items() if i in gone} | {
             one.id: one for one in before.devices
         }
 
