@@ -229,7 +229,7 @@ def _table_rows(path: Path, text_field: str) -> Iterator[tuple[str, Any]]:
     except ImportError:
         raise DataError(
             f"{path}: was written by `datasets`, which is not installed; "
-            f"run `pip install motley[data]`"
+            f"run `pip install -e '.[data]'` from the checkout"
         ) from None
     try:
         table = datasets.load_from_disk(str(path))

@@ -62,13 +62,13 @@ def test_requests_go_on_when_a_host_loses_its_experts(cluster: HostRay) -> None:
 
         # Drained it holds none, while its stage has moved as well; the others serve.
         address = lan["h2"].address
-        served.motley("drain", address)
+        cluster.head.motley("drain", address, "--json")
         assert address not in experts(served)["nodes"].values()
         last = [Asked(served, text, **GREEDY) for text in TEXTS]
         for request in last:
             request.wait()
         check_identical(expected, [request.tokens for request in last])
-        served.motley("drain", address, "--cancel")
+        cluster.head.motley("drain", "--cancel", address, "--json")
         wait_until_held_on("on-h2", served)
     assert served.up.poll() == 0, served.up.output
     for host in lan.values():

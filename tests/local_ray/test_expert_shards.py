@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ MIB = 2**20
 NUM_ROUNDS, TIMES = 4, 7
 """Of eight prompts each: more than 200 requests."""
 SPEEDS = (4e9, 1e9, 2.5e9, 1.2e9)
+SILENCE_S = 4.0
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -129,10 +130,10 @@ def test_tokens_are_those_of_stages_with_their_experts(
 # --- losses -----------------------------------------------------------------------------------
 
 LONG = SamplingParams(temperature=0.9, top_p=0.9, seed=3, max_tokens=96, ignore_eos=True)
+REPLICATED = (4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9)
 LOSSES = {
-    "with replicas": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu1"),
-    "on the first stage's device": ((4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9), "cpu0"),
     "without replicas": ((4, 2, 0), (40 * MIB, 40 * MIB, 12 * MIB), (2e9, 1e9, 1e9), "cpu2"),
+    "and the others' slots are full": ((4, 2, 0), (18 * MIB, 14 * MIB, 9 * MIB), SPEEDS, "cpu2"),
     "of all experts": ((6,), (64 * MIB,), (1e9,), "cpu0"),
 }
 
@@ -157,86 +158,100 @@ def num_without_replica(current: ExpertMap, device_id: str) -> int:
     )
 
 
+class Losing:
+    """Requests in flight while workers are lost."""
+
+    def __init__(self, served: Served) -> None:
+        crew = served.running.fleet.experts
+        assert crew is not None
+        self.served, self.crew, self.shell = served, crew, shell_of(served)
+        self.expected = served.call(ask_all(served, LONG))
+        self._calls = served.start(ask_all(served, LONG, name="again"))
+        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+        self._before = self.shell.rebalancer.map.version, len(self.shell.recoveries)
+
+    def check(self, device_id: str) -> float:
+        """Requests go on with their tokens, and the device's new worker is given experts; returns
+        how long they had waited since the loss was noticed."""
+        version, num_recoveries = self._before
+        assert self._calls.result(120.0) == self.expected
+        recoveries = list(self.shell.recoveries)[num_recoveries:]
+        assert [each.device_id for each in recoveries] == [device_id]
+        assert self.crew.map.version > version
+        served = self.served
+        served.wait_until(lambda status: status.ready)
+        served.wait_until(lambda _: experts_told(served)["copies"].get(device_id, 0) > 0)
+        assert served.call(ask_all(served, LONG, name="later")) == self.expected
+        assert set(experts_told(served)["copies"]) == set(self.crew.map.device_ids)
+        served.wait_until_idle()
+        return recoveries[0].seconds
+
+
+def experts_told(served: Served) -> dict[str, Any]:
+    told: dict[str, Any] = served.running.supervisor.document()["experts"]
+    return told
+
+
+def kill_and_check(served: Served, device_id: str) -> None:
+    losing = Losing(served)
+    alone = num_without_replica(losing.crew.map, device_id)
+    kill(losing.crew.members[device_id])
+    killed_s = time.monotonic()
+    num_recoveries = len(losing.shell.recoveries)
+    served.wait_until(lambda _: len(losing.shell.recoveries) > num_recoveries)
+    known_s = time.monotonic() - killed_s
+    seconds = losing.check(device_id)
+    sys.stdout.write(
+        f"{alone} experts that only {device_id} held; served again {seconds:.2f} s after the loss "
+        f"was noticed, {known_s:.2f} s after the kill (to 0.05 s)\n"
+    )
+
+
 @pytest.mark.parametrize("case", LOSSES)
 def test_requests_go_on_when_a_worker_is_killed(
     case: str, ray_session: None, checkpoints: Path
 ) -> None:
     counts, memory, speeds, device_id = LOSSES[case]
-    with (
-        nothing_left_behind(),
-        serving(shard_config(checkpoints, counts, memory, speeds)) as served,
-    ):
+    config = shard_config(checkpoints, counts, memory, speeds)
+    with nothing_left_behind(), serving(config) as served:
         crew = served.running.fleet.experts
         assert crew is not None
-        shell = shell_of(served)
-        alone = num_without_replica(crew.map, device_id)
-        assert (alone == 0) == (case in list(LOSSES)[:2])
-        expected = served.call(ask_all(served, LONG))
-        version = crew.map.version
-        calls = served.start(ask_all(served, LONG, name="again"))
-        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
-
-        kill(crew.members[device_id])
-        killed_s = time.monotonic()
-        served.wait_until(lambda _: len(shell.recoveries) == 1)
-        known_s = time.monotonic() - killed_s
-
-        assert calls.result(120.0) == expected
-        [recovery] = shell.recoveries
-        sys.stdout.write(
-            f"{case}: {alone} experts that only {device_id} held; served again "
-            f"{recovery.seconds:.2f} s after the loss was noticed, {known_s:.2f} s after the kill "
-            "(to 0.05 s)\n"
-        )
-        assert recovery.device_id == device_id
-        assert crew.map.version > version
-        served.wait_until(lambda status: status.ready)
-        served.wait_until(lambda _: device_id in crew.map.device_ids)
-        assert served.call(ask_all(served, LONG, name="later")) == expected
-        told = served.running.supervisor.document()["experts"]
-        assert set(told["copies"]) == set(crew.map.device_ids)
-        assert [each["device_id"] for each in told["recoveries"]] == [device_id]
-        served.wait_until_idle()
+        assert num_without_replica(crew.map, device_id)
+        if "full" in case:
+            left = [each.slots_per_layer for each in crew.map.devices if each.id != device_id]
+            assert sum(left) == crew.map.num_experts
+        kill_and_check(served, device_id)
 
 
-def test_requests_go_on_when_a_worker_hangs(ray_session: None, checkpoints: Path) -> None:
-    silence_s = 2.0
-    counts, memory, speeds, device_id = LOSSES["with replicas"]
-    controller = {"silence_timeout_s": silence_s}
-    config = shard_config(checkpoints, counts, memory, speeds, controller=controller)
-    with nothing_left_behind(), serving(config) as served:
-        crew, shell = served.running.fleet.experts, shell_of(served)
+@pytest.fixture(scope="module")
+def replicated(ray_session: None, checkpoints: Path) -> Iterator[Served]:
+    """A deployment in which every expert has a replica."""
+    controller = {"silence_timeout_s": SILENCE_S}
+    with serving(shard_config(checkpoints, *REPLICATED, controller=controller)) as served:
+        crew = served.running.fleet.experts
         assert crew is not None
-        expected = served.call(ask_all(served, LONG))
-        calls = served.start(ask_all(served, LONG, name="again"))
-        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
-
-        kill(crew.members[device_id], signal.SIGSTOP)
-
-        assert calls.result(120.0) == expected
-        assert [each.device_id for each in shell.recoveries] == [device_id]
-        served.wait_until(lambda _: device_id in crew.map.device_ids)
-        served.wait_until_idle()
+        assert [num_without_replica(crew.map, d) for d in crew.map.device_ids] == [0, 0]
+        yield served
 
 
-def test_requests_go_on_when_a_stage_and_a_worker_are_killed_at_once(
-    ray_session: None, checkpoints: Path
-) -> None:
-    config = shard_config(checkpoints, (4, 2), (24 * MIB, 30 * MIB), (4e9, 1e9))
-    with nothing_left_behind(), serving(config) as served:
-        fleet, shell = served.running.fleet, shell_of(served)
-        assert fleet.experts is not None
-        expected = served.call(ask_all(served, LONG))
-        calls = served.start(ask_all(served, LONG, name="again"))
-        served.wait_until(lambda status: sum(lane.running for lane in status.lanes) >= 8)
+@pytest.mark.parametrize("device_id", ["cpu1", "cpu0"])
+def test_replicas_take_over_when_a_worker_is_killed(device_id: str, replicated: Served) -> None:
+    kill_and_check(replicated, device_id)
 
-        for member in (fleet.stages["cpu1"], fleet.experts.members["cpu0"]):
-            kill(member)
 
-        assert calls.result(120.0) == expected
-        assert len(shell.recoveries) == 1
-        served.wait_until(lambda status: status.ready and status.epoch == 1)
-        served.wait_until_idle()
+def test_replicas_take_over_when_a_worker_hangs(replicated: Served) -> None:
+    losing = Losing(replicated)
+    kill(losing.crew.members["cpu1"], signal.SIGSTOP)
+    losing.check("cpu1")
+
+
+def test_requests_go_on_when_a_stage_and_a_worker_are_killed_at_once(replicated: Served) -> None:
+    losing = Losing(replicated)
+    epoch = replicated.running.fleet.plan.epoch
+    for member in (replicated.running.fleet.stages["cpu1"], losing.crew.members["cpu0"]):
+        kill(member)
+    losing.check("cpu0")
+    assert replicated.running.fleet.plan.epoch == epoch + 1
 
 
 # --- moving -----------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Clients that never rest while something breaks all the time: what a soak is, wherever it runs.
 
-MOTLEY_SOAK_S makes it longer than a minute and a half (1800: half an hour). What happens when is
-drawn from MOTLEY_SOAK_SEED, which a failure prints.
+MOTLEY_SOAK_S makes it longer than a minute (1800: half an hour). What happens when is drawn from
+MOTLEY_SOAK_SEED, which a failure prints.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from cluster.client import AsyncMotleyClient, Overloaded, Unreachable
 
-SECONDS = float(os.environ.get("MOTLEY_SOAK_S", "90"))
+SECONDS = float(os.environ.get("MOTLEY_SOAK_S", "60"))
 SEED = int(os.environ.get("MOTLEY_SOAK_SEED", "1"))
 FAULT_EVERY_S = 10.0
 NUM_CLIENTS = 8

@@ -92,6 +92,7 @@ def test_what_is_told_of_sharded_experts() -> None:
         "is_moving": False,
         "maps": 3,
         "copies": {"a": 4, "b": 2},
+        "nodes": {"a": "n", "b": "n"},
         "guests": {"b": 2},
         "layers": [1, 3],
         "loads": [[1.0, 1.0], [1.0, 1.0]],

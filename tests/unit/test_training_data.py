@@ -264,7 +264,7 @@ def test_without_the_library_the_error_says_how_to_get_it(
 
     monkeypatch.setattr(builtins, "__import__", without_datasets)
 
-    assert "pip install motley[data]" in refusal(tmp_path / "saved")
+    assert "pip install -e '.[data]'" in refusal(tmp_path / "saved")
 
 
 # What is learnt
