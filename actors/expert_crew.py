@@ -33,6 +33,7 @@ from actors.losses import Loss, Member, cause_of
 from actors.stage_experts import ExpertAccess
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.loads import LoadSummary, Phase
+from placement.sharding.recording import Steps
 from placement.topology import Device
 from placement.workload import ModelProfile
 
@@ -238,10 +239,20 @@ class ExpertCrew:
 
     def loads(self, holders: Mapping[str, int]) -> dict[int, dict[Phase, LoadSummary]]:
         """Return what stages have counted, by what `holders` says of their devices."""
-        stages = {holders[str(s.key)]: s for s in list(self._callers) if str(s.key) in holders}
+        stages = self._stages(holders)
         calls = [stage.actor.expert_loads.remote() for stage in stages.values()]
         results = _results(list(stages.values()), calls, time.monotonic() + _CALL_TIMEOUT_S)
         return dict(zip(stages, results, strict=True))
+
+    def steps(self, holders: Mapping[str, int]) -> dict[int, Steps]:
+        """Return the rows of each step since the last time, as `loads` does."""
+        stages = self._stages(holders)
+        calls = [stage.actor.expert_steps.remote() for stage in stages.values()]
+        results = _results(list(stages.values()), calls, time.monotonic() + _CALL_TIMEOUT_S)
+        return dict(zip(stages, results, strict=True))
+
+    def _stages(self, holders: Mapping[str, int]) -> dict[int, Member]:
+        return {holders[str(s.key)]: s for s in list(self._callers) if str(s.key) in holders}
 
     def _prepare(
         self,

@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Any, assert_never
@@ -43,6 +43,7 @@ from placement.sharding.rebalance_values import (
     UseMap,
 )
 from placement.sharding.rebalancer import ExpertRebalancer
+from placement.sharding.recording import Steps
 from placement.stages import StagesPlan
 
 _log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class ExpertHooks:
     on_fatal: Callable[[str], None]
     on_entry: Callable[[ExpertEntry], None] = lambda _: None
     """Every event with the commands that followed, for a log."""
+    on_steps: Callable[[Mapping[int, Steps]], None] | None = None
+    """What each stage's steps have asked of experts since the last time; None: not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -194,6 +197,7 @@ class ExpertsShell:
         if time.monotonic() - self._looked_s >= self._settings.window_s:
             self._looked_s = time.monotonic()
             self._crew.retire()
+            self._record_steps()
             self._look_at_loads()
         try:
             while True:
@@ -304,6 +308,15 @@ class ExpertsShell:
         if grown:
             self._idle_s = now_s
             self._handle(StepsDone(steps=grown))
+
+    def _record_steps(self) -> None:
+        if self._hooks.on_steps is None:
+            return
+        try:
+            holders = {s.device_id: s.index for s in self._hooks.plan().stages}
+            self._hooks.on_steps(self._crew.steps(holders))
+        except FleetError as error:
+            _log.info("no steps of experts this time: %s", error)
 
     def _look_at_loads(self) -> None:
         if not self._settings.follows_load or self.rebalancer.halted:

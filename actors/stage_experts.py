@@ -7,11 +7,13 @@ Knows no Ray.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from actors import wire
 from actors.engine.batch import StepBatch
@@ -21,6 +23,10 @@ from placement.sharding.division import RowDivision
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.loads import ExpertLoads, LoadSummary, Phase
 from placement.sharding.reactive import ReactiveTerms
+from placement.sharding.recording import PHASES
+
+_MOST_STEPS = 1000
+"""Kept for whoever records them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,6 +48,8 @@ class ExpertAccess:
     """When experts may be guests of a device; None: never."""
     is_frozen: bool = False
     """Nobody wants the gradients of their weights."""
+    is_recorded: bool = False
+    """The rows of each step are kept until somebody takes them."""
 
 
 class StageExperts:
@@ -62,6 +70,11 @@ class StageExperts:
         self._loads = ExpertLoads(len(access.layers), access.num_experts)
         self._counting = threading.Lock()
         self._phase: Phase = "prefill"
+        self._rows_LE = np.zeros((len(access.layers), access.num_experts), dtype=np.int32)
+        """Of the step that runs."""
+        self._steps: dict[Phase, deque[NDArray[np.int32]]] = {
+            phase: deque(maxlen=_MOST_STEPS) for phase in PHASES
+        }
         self._version = -1
         self._device_ids: frozenset[str] = frozenset()
         self._using = threading.Lock()
@@ -77,11 +90,17 @@ class StageExperts:
             on_rows=self._count,
         )
 
-    def step(self, batch: StepBatch) -> AbstractContextManager[None]:
+    @contextmanager
+    def step(self, batch: StepBatch) -> Iterator[None]:
         """Run a step within: its rows are counted by its kind, and divided by one map."""
         is_decode = all(rows.length == 1 for rows in batch.rows)
         self._phase = "decode" if is_decode else "prefill"
-        return self.links.step()
+        self._rows_LE[:] = 0
+        with self.links.step():
+            yield
+        if self._access.is_recorded:
+            with self._counting:
+                self._steps[self._phase].append(self._rows_LE.copy())
 
     def use(self, current: ExpertMap, workers: Mapping[str, wire.Address], settle_s: float) -> bool:
         """Divide rows by this map from the next step on; one older than that in force is ignored.
@@ -106,9 +125,21 @@ class StageExperts:
         with self._counting:
             return {phase: window.summary() for phase, window in self._loads.windows.items()}
 
-    def _count(self, layer: int, counts_E: Sequence[int]) -> None:
+    def take_steps(self) -> dict[Phase, NDArray[np.int32]]:
+        """Return the rows of the steps since the last time, [steps, layers, experts]; where nobody
+        took them for long, of the latest."""
         with self._counting:
-            self._loads.add(self._phase, self._index[layer], np.array(counts_E, dtype=np.int64))
+            taken = {phase: list(steps) for phase, steps in self._steps.items()}
+            for steps in self._steps.values():
+                steps.clear()
+        none = np.zeros((0, *self._rows_LE.shape), dtype=np.int32)
+        return {phase: np.stack(steps) if steps else none for phase, steps in taken.items()}
+
+    def _count(self, layer: int, counts_E: Sequence[int]) -> None:
+        rows_E = np.array(counts_E, dtype=np.int64)
+        self._rows_LE[self._index[layer]] = rows_E
+        with self._counting:
+            self._loads.add(self._phase, self._index[layer], rows_E)
 
 
 class ExpertUser:
@@ -133,6 +164,10 @@ class ExpertUser:
     def expert_loads(self) -> dict[Phase, LoadSummary]:
         """Return the rows that experts of this actor's layers got lately."""
         return self._elsewhere.loads()
+
+    def expert_steps(self) -> dict[Phase, NDArray[np.int32]]:
+        """Return what steps have asked of the experts; see `StageExperts.take_steps`."""
+        return self._elsewhere.take_steps()
 
     @property
     def _elsewhere(self) -> StageExperts:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runstate import run_folder
+from placement.sharding.loads import Phase
 from placement.sharding.log import ExpertEntry, ExpertOpening, Merging
+from placement.sharding.recording import Steps, TraceRecording
 from placement.steering.log import LogEntry, Opening
 from placement.steering.values import Tick
 
@@ -30,6 +32,41 @@ def controller_log_file(deployment: str) -> Path:
 
 def expert_log_file(deployment: str) -> Path:
     return run_folder() / f"{deployment}.experts.jsonl"
+
+
+def expert_trace_file(deployment: str, phase: Phase) -> Path:
+    return run_folder() / f"{deployment}.experts-{phase}.npz"
+
+
+class ExpertTraces:
+    """Records what experts are asked for into a file a phase. Use from one thread."""
+
+    def __init__(self, deployment: str, recording: TraceRecording) -> None:
+        self._deployment = deployment
+        self._recording = recording
+        self._is_written = False
+
+    def add(self, counted: Mapping[int, Steps]) -> None:
+        """Take steps; once there are enough of both phases, they are written."""
+        if not self._is_written:
+            self._recording.add(counted)
+            if self._recording.is_full:
+                self.close()
+
+    def close(self) -> None:
+        """Write what there is, once."""
+        if self._is_written:
+            return
+        self._is_written = True
+        for trace in self._recording.traces():
+            file = expert_trace_file(self._deployment, trace.phase)
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+                file.write_bytes(trace.to_bytes())
+            except OSError as error:
+                _log.warning("the trace %s is not written: %s", file, error)
+            else:
+                _log.info("%d steps are recorded in %s", trace.num_steps, file)
 
 
 class _EventLog:

@@ -33,6 +33,8 @@ class ControllerConfig(BaseModel):
     """A move is taken back when tokens/s after it are below this share of those before."""
     expert_step_bytes: ByteCount = Field(4 * 2**20, ge=1)
     """Of sharded experts that move: read per step, all devices together."""
+    expert_trace_steps: int = Field(0, ge=0, le=10**6)
+    """Of sharded experts: how many steps of each phase to record for `motley bench experts`."""
     half_step: bool = False
     """Where one slowed device is all the evidence, move half the way first."""
     link_probe_every_s: float = Field(20.0, ge=0, le=86400)

@@ -70,6 +70,7 @@ def crew_spec(
                 # The reason is told before whoever asked for the step gives it up.
                 patience=Patience(answer_s=longest_s, reroute_s=_REROUTE_FRACTION * longest_s),
                 is_frozen=is_frozen,
+                is_recorded=bool(config.controller.expert_trace_steps) and not is_frozen,
             )
             for node in nodes
         },

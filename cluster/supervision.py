@@ -29,6 +29,7 @@ from cluster.config import MotleyConfig
 from cluster.controller_log import (
     ControllerLog,
     ExpertLog,
+    ExpertTraces,
     controller_log_file,
     expert_log_file,
 )
@@ -45,6 +46,7 @@ from placement.sharding.decision import RebalanceSettings
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.log import ExpertOpening
 from placement.sharding.rebalancer import ExpertRebalancer
+from placement.sharding.recording import TraceRecording
 from placement.sharding.recovery import check_slots
 from placement.stages import StagesPlan
 from placement.steering.log import Opening
@@ -142,6 +144,7 @@ class Supervisor:
             ),
         )
 
+        self._expert_traces: ExpertTraces | None = None
         self._experts = self._experts_shell(expert_settings)
         self._links = LinkProbes(
             self._shell, fleet, topology, config.links, every_s=settings.link_probe_every_s
@@ -170,6 +173,8 @@ class Supervisor:
         if self._experts is not None:
             await asyncio.to_thread(self._experts.stop)
             self._expert_log.close()
+            if self._expert_traces is not None:
+                await asyncio.to_thread(self._expert_traces.close)
         await asyncio.to_thread(self._shell.stop)
         self._log.close()
 
@@ -185,6 +190,16 @@ class Supervisor:
         controller, dispatcher = self._config.controller, self._dispatcher
         opening = ExpertOpening(map=crew.map, settings=settings)
         self._expert_log = ExpertLog(expert_log_file(self._config.served_name), opening)
+        if controller.expert_trace_steps:
+            self._expert_traces = ExpertTraces(
+                self._config.served_name,
+                TraceRecording(
+                    len(crew.spec.layers),
+                    crew.map.num_experts,
+                    top_k=crew.spec.profile.layers[crew.spec.layers[0]].experts_per_token,
+                    max_steps=controller.expert_trace_steps,
+                ),
+            )
         return ExpertsShell(
             crew,
             ExpertRebalancer(opening.map, opening.settings),
@@ -197,6 +212,7 @@ class Supervisor:
                 on_resumed=partial(self._say, self._go_on, "experts"),
                 on_fatal=partial(self._say, dispatcher.fail),
                 on_entry=self._expert_log.write,
+                on_steps=None if self._expert_traces is None else self._expert_traces.add,
             ),
             ExpertShellSettings(
                 window_s=controller.window_s,

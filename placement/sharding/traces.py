@@ -151,6 +151,10 @@ class TraceRecorder:
         self._top_k, self._name = top_k, name
 
     @property
+    def num_steps(self) -> int:
+        return self._num_steps
+
+    @property
     def is_full(self) -> bool:
         """Further steps are not kept."""
         return self._num_steps == len(self._rows_SLE)

@@ -20,10 +20,11 @@ from leftovers import nothing_left_behind
 from actors.engine.requests import Request, SamplingParams
 from actors.experts_shell import ExpertsShell
 from actors.losses import Member
-from cluster.controller_log import expert_log_file, read_expert_log
+from cluster.controller_log import expert_log_file, expert_trace_file, read_expert_log
 from placement.sharding.expert_map import ExpertMap
 from placement.sharding.log import replay
 from placement.sharding.rebalance_values import LoadsMeasured, MapInForce, RebalanceRequested
+from placement.sharding.traces import ExpertTrace
 from tests.local_ray.conftest import Served, make_config, serving
 from tests.local_ray.test_serving_identity import NUM_NEW, TEXTS, reference
 
@@ -31,6 +32,7 @@ MODEL = "tiny-qwen3-moe"
 MIB = 2**20
 NUM_ROUNDS, TIMES = 4, 7
 """Of eight prompts each: more than 200 requests."""
+NUM_TRACED = 40
 SPEEDS = (4e9, 1e9, 2.5e9, 1.2e9)
 SILENCE_S = 4.0
 
@@ -278,7 +280,11 @@ def test_tokens_stay_while_experts_move_all_the_time(
         checkpoints,
         (4, 2, 0),
         (17 * MIB, 14 * MIB, 9 * MIB),
-        controller={"rebalance": False, "expert_step_bytes": 200_000},
+        controller={
+            "rebalance": False,
+            "expert_step_bytes": 200_000,
+            "expert_trace_steps": NUM_TRACED,
+        },
     )
     with nothing_left_behind(), serving(config) as served:
         crew, shell = served.running.fleet.experts, shell_of(served)
@@ -293,7 +299,8 @@ def test_tokens_stay_while_experts_move_all_the_time(
                 time.sleep(0.2)
             assert parted(calls.result(), sampled * TIMES) == []
 
-        file = expert_log_file(served.running.dispatcher.model_info().name)
+        name = served.running.dispatcher.model_info().name
+        file = expert_log_file(name)
         moved = sum(old != new for old, new in zip(begun.layers, crew.map.layers, strict=True))
         sys.stdout.write(f"{shell.num_maps} maps came into force, {moved} layers differ\n")
         assert shell.num_maps > 10
@@ -305,3 +312,9 @@ def test_tokens_stay_while_experts_move_all_the_time(
     assert opening.map == begun
     assert sum(isinstance(entry.event, MapInForce) for entry in entries) == shell.num_maps
     assert replay(opening, entries) == ""
+    trace = ExpertTrace.from_bytes(expert_trace_file(name, "decode").read_bytes())
+    assert (trace.num_steps, trace.num_layers, trace.num_experts) == (NUM_TRACED, 6, 16)
+    # Steps of different stages are the same ones: every layer has the same tokens.
+    tokens_SL = trace.rows_SLE.sum(axis=2) / trace.top_k
+    assert (tokens_SL == tokens_SL[:, :1]).all()
+    assert tokens_SL.min() >= 1

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from placement.sharding import traces
+from placement.sharding.recording import TraceRecording
 from placement.sharding.synthetic import TraceRecipe, make_trace
 from placement.sharding.traces import ExpertTrace, TraceRecorder, gini
 
@@ -313,3 +314,42 @@ def test_recipes_that_give_no_figures_are_refused(changes: dict[str, Any], messa
 def test_the_steepest_recipe_stays_finite() -> None:
     rows = small(zipf=4, domain_sigma=4, noise_sigma=4, num_experts=256).rows_SLE
     assert (rows.sum(axis=2) == 256 * 2).all()
+
+
+# --- recording --------------------------------------------------------------------------------
+
+
+def steps_of(layer: int, first: int, count: int) -> dict[Any, Any]:
+    """Steps of a holder of one of two layers; the n-th has n rows of expert 0, one of expert 1."""
+    rows = np.zeros((count, 2, 2), dtype=np.int32)
+    rows[:, layer, 0] = np.arange(first, first + count)
+    rows[:, layer, 1] = 1
+    return {"decode": rows, "prefill": rows[:0]}
+
+
+def test_the_steps_of_all_holders_are_joined_in_their_order() -> None:
+    recording = TraceRecording(2, 2, top_k=1, max_steps=5)
+
+    recording.add({0: steps_of(0, 1, 3), 1: steps_of(1, 1, 1)})
+    recording.add({0: steps_of(0, 4, 0), 1: steps_of(1, 2, 3)})
+    recording.add({0: steps_of(0, 4, 3), 1: steps_of(1, 5, 1)})
+    assert not recording.is_full  # nothing was prefilled
+
+    [trace] = recording.traces()
+    assert (trace.phase, trace.num_steps) == ("decode", 5)
+    assert trace.rows_SLE.tolist() == [[[n, 1], [n, 1]] for n in range(1, 6)]
+    assert ExpertTrace.from_bytes(trace.to_bytes()).rows_SLE.tolist() == trace.rows_SLE.tolist()
+
+
+def test_what_a_holder_that_is_gone_never_told_is_dropped() -> None:
+    recording = TraceRecording(2, 2, top_k=1, max_steps=9)
+    recording.add({0: steps_of(0, 1, 4), 1: steps_of(1, 1, 2)})
+
+    recording.add({0: steps_of(0, 5, 2), 2: steps_of(1, 5, 2)})
+
+    [trace] = recording.traces()
+    assert trace.rows_SLE[:, 0, 0].tolist() == trace.rows_SLE[:, 1, 0].tolist() == [1, 2, 5, 6]
+
+
+def test_nothing_recorded_is_no_trace() -> None:
+    assert TraceRecording(2, 2, top_k=1, max_steps=9).traces() == []
