@@ -19,7 +19,7 @@ No clock: steps are the measure of time. Equal events give equal commands.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple, assert_never
 
@@ -30,6 +30,7 @@ from placement.errors import InfeasiblePlanError
 from placement.experts import ExpertDevice, layer_problems
 from placement.moving.moves import Move, Piece, Release
 from placement.sharding.chains import Layout, layouts_between
+from placement.sharding.copies import Copies, Copy, copies_of
 from placement.sharding.decision import (
     RebalanceDecision,
     RebalanceSettings,
@@ -65,11 +66,6 @@ class _Swap(NamedTuple):
     layout: Layout
 
 
-class _Copy(NamedTuple):
-    device_id: str
-    piece: Piece
-
-
 class ExpertRebalancer:
     """Keeps a placement of experts near its optimum, and whole.
 
@@ -92,15 +88,13 @@ class ExpertRebalancer:
         """Of maps with such a device, by its id."""
         self._leaving: set[str] = set()
         """Devices that are not to be used, the gone included."""
-        self._held = _copies(current)
+        self._copies = Copies(copies_of(current), settings.expert_bytes)
         self._told: ExpertMap | None = None
         self._last_version = current.version
         self._is_recovering = False
         self._swaps: deque[_Swap] = deque()
-        self._loading: dict[_Copy, int] = {}
-        """Copies of the first swap that are not whole, and their bytes that were not asked for."""
-        self._in_flight: set[Move] = set()
-        self._attempts: Counter[_Copy] = Counter()
+        """What the first of them loads is wanted of the copies."""
+        self._attempts: Counter[Copy] = Counter()
         """Of reloads."""
         self._rows_LE = np.ones((len(current.layers), current.num_experts))
         self._cool_steps = 0
@@ -116,8 +110,8 @@ class ExpertRebalancer:
     @property
     def missing(self) -> tuple[tuple[str, Piece], ...]:
         """Copies that the newest map names and no device has yet: rows for them wait."""
-        wanted = _copies(self.newest)
-        return tuple(sorted(wanted - self._held, key=lambda copy: (copy.piece, copy.device_id)))
+        wanted = copies_of(self.newest) - self._copies.held
+        return tuple(sorted(wanted, key=lambda copy: (copy.piece, copy.device_id)))
 
     @property
     def loads(self) -> NDArray[np.float64]:
@@ -143,7 +137,7 @@ class ExpertRebalancer:
         """Return the experts of a layer that are whole on a device, those not in use included."""
         return frozenset(
             copy.piece.expert
-            for copy in self._held
+            for copy in self._copies.held
             if copy.device_id == device_id and copy.piece.layer == layer
         )
 
@@ -177,12 +171,10 @@ class ExpertRebalancer:
                 f"loads have shape {summary.recent_rows_LE.shape}; the map has "
                 f"{self._rows_LE.shape[0]} layers of {self._rows_LE.shape[1]} experts"
             )
-        if self.leaving:
-            return self._vacate()
         if int(summary.recent_steps_L.min()) < self._settings.least_steps:
             return []
         self._rows_LE = summary.recent_rows_LE
-        if self._is_busy:
+        if self._is_busy or self.leaving:
             return []
         if not self._cool_steps and self._plan(float(summary.drift_L.max())):
             return []
@@ -193,9 +185,11 @@ class ExpertRebalancer:
 
     def _stepped(self, steps: int) -> list[ExpertCommand]:
         self._cool_steps = max(0, self._cool_steps - steps)
-        if self._has_room and not self._is_busy and not self.leaving:
+        if self.leaving:
+            return [] if self._cool_steps else self._vacate()
+        if self._has_room and not self._is_busy:
             self._plan(0.0)
-        return [*self._load(steps * self._settings.step_budget_bytes)]
+        return [*self._copies.ask(steps * self._settings.step_budget_bytes, self._nodes)]
 
     @property
     def _is_busy(self) -> bool:
@@ -226,73 +220,36 @@ class ExpertRebalancer:
         """List what the first swap has to load."""
         swap = self._swaps[0]
         wanted = [
-            _Copy(device.id, Piece(part="expert", layer=swap.layer, expert=expert))
+            Copy(device.id, Piece(part="expert", layer=swap.layer, expert=expert))
             for device, experts in zip(self._devices, swap.layout, strict=True)
             for expert in sorted(experts)
         ]
-        bytes_each = self._settings.expert_bytes
-        self._loading = {copy: bytes_each for copy in wanted if copy not in self._held}
+        self._copies.want(wanted)
 
-    def _load(self, budget_bytes: int) -> list[Move]:
-        """Ask for copies of the first swap, once those asked for before are done."""
-        if self._in_flight:
-            return []
-        parts = []
-        for copy, left_bytes in self._loading.items():
-            size = min(left_bytes, budget_bytes)
-            if size > 0:
-                parts.append((copy, self._settings.expert_bytes - left_bytes, size))
-                self._loading[copy] = left_bytes - size
-                budget_bytes -= size
-        return self._moves(parts)
-
-    def _moves(self, parts: Sequence[tuple[_Copy, int, int]]) -> list[Move]:
-        """Find a source for (copy, first byte, bytes) each, and note that they are on their way."""
-        node = {device.id: device.node for device in self._devices}
-        sources: dict[Piece, list[str]] = {copy.piece: [] for copy, _, _ in parts}
-        for held in self._held:
-            if held.piece in sources:
-                sources[held.piece].append(held.device_id)
-        moves = [
-            Move(
-                piece=copy.piece,
-                # From its own node if it can be: that link is the widest.
-                source=min(
-                    sources[copy.piece],
-                    key=lambda s: (node[s] != node[copy.device_id], s),
-                    default=None,
-                ),
-                target=copy.device_id,
-                first_byte=first_byte,
-                num_bytes=num_bytes,
-                is_last=first_byte + num_bytes == self._settings.expert_bytes,
-            )
-            for copy, first_byte, num_bytes in parts
-        ]
-        self._in_flight.update(moves)
-        return moves
+    @property
+    def _nodes(self) -> dict[str, str]:
+        return {device.id: device.node for device in self._devices}
 
     def _copied(self, move: Move) -> list[ExpertCommand]:
-        copy = _Copy(move.target, move.piece)
-        if move not in self._in_flight:
+        copy = Copy(move.target, move.piece)
+        if not self._copies.end(move):
             return self._release_stray(copy)
-        self._in_flight.remove(move)
         if not move.is_last:
             return []
-        self._held.add(copy)
-        self._loading.pop(copy, None)
+        self._copies.whole(copy)
         self._attempts.pop(copy, None)
         return self._change_over()
 
-    def _release_stray(self, copy: _Copy) -> list[ExpertCommand]:
+    def _release_stray(self, copy: Copy) -> list[ExpertCommand]:
         """Give up what came of a move that is no longer wanted."""
         is_known = any(device.id == copy.device_id for device in self._devices)
-        is_used = copy in self._held or copy in self._loading or copy in self.missing
-        return [_release(copy)] if is_known and not is_used else []
+        copies = self._copies
+        is_used = copy in copies.held or copy in copies.wanted or copy in self.missing
+        return [copy.release] if is_known and not is_used else []
 
     def _change_over(self) -> list[ExpertCommand]:
         """Tell the next map, once all that the first swap loads is whole."""
-        if not self._swaps or self._loading or self._told:
+        if not self._swaps or self._copies.wanted or self._told:
             return []
         swap = self._swaps[0]
         rows_1E = self._rows_LE[swap.layer : swap.layer + 1]
@@ -322,29 +279,23 @@ class ExpertRebalancer:
             if not self._swaps:
                 self._cool_steps = self._settings.cool_down_steps
         # What a map before still had to read and this one does not name is given up on arrival.
-        named = _copies(self.map)
-        self._in_flight = {m for m in self._in_flight if _Copy(m.target, m.piece) in named}
+        self._copies.keep_moves(copies_of(self.map))
         commands += self._ask_for_missing()
         if not self._swaps:
             return [*commands, *self._vacate(), *self._ask_again()]
         self._prepare()
         if self.leaving:
-            commands += self._load_whole()
+            commands += self._copies.ask_for_all(self._nodes)
         return [*commands, *self._change_over()]
 
     def _release_unused(self) -> list[Release]:
         """Release what the map in force does not name."""
-        unused = sorted(self._held - _copies(self.map), key=lambda copy: (copy.piece, copy[0]))
-        self._held.difference_update(unused)
-        return [_release(copy) for copy in unused]
+        return [copy.release for copy in self._copies.drop_unnamed(copies_of(self.map))]
 
     def _ask_for_missing(self) -> list[Move]:
-        asked = {_Copy(move.target, move.piece) for move in self._in_flight}
-        return self._reload(_Copy(*copy) for copy in self.missing if copy not in asked)
-
-    def _reload(self, copies: Iterable[_Copy]) -> list[Move]:
-        """Read what no step can do without, whole and at once."""
-        return self._moves([(copy, 0, self._settings.expert_bytes) for copy in copies])
+        asked = self._copies.asked()
+        missing = [Copy(*copy) for copy in self.missing if copy not in asked]
+        return self._copies.read(missing, self._nodes)
 
     def _refused(self, event: MapRefused) -> list[ExpertCommand]:
         if self._told is None or event.version != self._told.version:
@@ -369,11 +320,10 @@ class ExpertRebalancer:
 
     def _copy_failed(self, event: CopyFailed) -> list[ExpertCommand]:
         move = event.move
-        copy = _Copy(move.target, move.piece)
-        if move not in self._in_flight:
+        copy = Copy(move.target, move.piece)
+        if not self._copies.end(move):
             return []
-        self._in_flight.remove(move)
-        if copy in self._loading:
+        if copy in self._copies.wanted:
             return self._abandon()
         if copy not in self.missing:
             return []
@@ -381,51 +331,50 @@ class ExpertRebalancer:
         if self._attempts[copy] >= self._settings.max_reload_attempts:
             reason = f"{move.piece} could not be loaded {self._attempts[copy]} times"
             return self._lost(ExpertDeviceLost(device_id=move.target, reason=reason))
-        return [*self._reload([copy])]
+        return [*self._copies.read([copy], self._nodes)]
 
     def _abandon(self) -> list[ExpertCommand]:
         """End the rebalancing; the map in force stays, and what it does not name is released."""
         if not self._swaps:
             return []
-        whole_bytes = self._settings.expert_bytes
-        begun = [copy for copy, left_bytes in self._loading.items() if left_bytes < whole_bytes]
-        self._in_flight = {m for m in self._in_flight if _Copy(m.target, m.piece) not in begun}
+        begun = self._copies.want_nothing()
         self._swaps.clear()
-        self._loading.clear()
         self._cool_steps = self._settings.cool_down_steps
         known = {device.id for device in self._devices}
         # Also what is only half there.
-        partial = [_release(copy) for copy in begun if copy.device_id in known]
+        partial = [copy.release for copy in begun if copy.device_id in known]
         # A told map may be in force somewhere: what it names is released when another one is.
         return [*partial, *([] if self._told else self._release_unused())]
 
     def _fleet_changed(
         self, event: ExpertDeviceLost | ExpertDeviceJoined | ExpertDeviceLeaving
     ) -> list[ExpertCommand]:
-        if isinstance(event, ExpertDeviceLost):
-            return self._lost(event)
         if isinstance(event, ExpertDeviceJoined):
             return self._joined(event.device)
+        self._not_refused(event.device_id)
+        if isinstance(event, ExpertDeviceLost):
+            return self._lost(event)
         self._leaving.add(event.device_id)
         return [*self._abandon(), *self._vacate()]
 
+    def _not_refused(self, device_id: str) -> None:
+        """What a device's refused map had said of it is out of date."""
+        self._refused_devices = [d for d in self._refused_devices if d.id != device_id]
+
     def _lost(self, event: ExpertDeviceLost) -> list[ExpertCommand]:
-        self._refused_devices = [d for d in self._refused_devices if d.id != event.device_id]
         left = [device for device in self._devices if device.id != event.device_id]
-        if len(left) == len(self._devices):
+        # One that leaves is named by the map in force to the last.
+        if len(left) == len(self._devices) and event.device_id not in self.map.device_ids:
             return []
         if sum(device.slots_per_layer for device in left) < self.map.num_experts:
             left, self._refused_devices = [*left, *self._refused_devices], []
         self._devices = left
-        self._held = {copy for copy in self._held if copy.device_id != event.device_id}
-        # Copies from it fail as well; those that are still needed are asked for anew.
-        self._in_flight = {
-            move for move in self._in_flight if event.device_id not in (move.target, move.source)
-        }
+        self._copies.lose(event.device_id)
         return self._regroup(left, f"{event.device_id} is lost: {event.reason}")
 
     def _joined(self, device: ExpertDevice) -> list[ExpertCommand]:
         self._leaving.discard(device.id)
+        self._not_refused(device.id)
         others = [known for known in self._devices if known.id != device.id]
         is_known = len(others) < len(self._devices)
         if not device.slots_per_layer:
@@ -467,29 +416,10 @@ class ExpertRebalancer:
             held = dict(zip(made.map.device_ids, made.map.layers[layer].experts, strict=True))
             self._queue(layer, tuple(frozenset(held.get(d.id, ())) for d in self._devices))
         self._prepare()
-        return [*self._load_whole(), *self._change_over()]
-
-    def _load_whole(self) -> list[Move]:
-        """Ask for all that the first swap loads, whatever the budget."""
-        wanted = [copy for copy, left_bytes in self._loading.items() if left_bytes]
-        self._loading = dict.fromkeys(self._loading, 0)
-        return self._reload(wanted)
+        return [*self._copies.ask_for_all(self._nodes), *self._change_over()]
 
     def _halt(self, reason: str) -> list[ExpertCommand]:
         self.halted = reason
         # Whether it came into force or not: another map is told before anything is served again.
         self._told = None
         return [HaltExperts(reason=reason)]
-
-
-def _release(copy: _Copy) -> Release:
-    return Release(device_id=copy.device_id, piece=copy.piece)
-
-
-def _copies(current: ExpertMap) -> set[_Copy]:
-    return {
-        _Copy(device.id, Piece(part="expert", layer=index, expert=expert))
-        for index, layer in enumerate(current.layers)
-        for device, experts in zip(current.devices, layer.experts, strict=True)
-        for expert in experts
-    }

@@ -405,8 +405,9 @@ def test_a_failed_copy_is_tried_again_for_a_device_that_leaves() -> None:
     fleet.tell(CopyFailed(move=failed, reason="the disk is slow"))
     assert fleet.of.leaving == frozenset({"a"})
     assert not fleet.of.is_moving
-    # At the next look at the loads, however few steps there were.
-    fleet.tell(measured([ZIPF] * NUM_LAYERS, steps=0))
+    # After a while, and not at once.
+    assert fleet.tell(StepsDone(steps=9)) == []
+    fleet.tell(StepsDone())
     fleet.settle()
     assert "a" not in fleet.of.map.device_ids
 
