@@ -73,9 +73,16 @@ class ExpertCrew:
     """Starts the workers, introduces stages to them, and brings maps into force."""
 
     def __init__(
-        self, spec: CrewSpec, hosts: Mapping[str, Host], keys: wire.WireKeys, monitor: wire.Address
+        self,
+        spec: CrewSpec,
+        hosts: Mapping[str, Host],
+        keys: wire.WireKeys,
+        monitor: wire.Address,
+        *,
+        group: str | None = None,
     ) -> None:
-        """`hosts` by node; they may change."""
+        """`hosts` by node; they may change. `group` is the concurrency group in which those who use
+        the experts are asked, where they have several."""
         self.spec = spec
         self.map = spec.map
         """In force."""
@@ -84,6 +91,7 @@ class ExpertCrew:
         self._hosts = hosts
         self._keys = keys
         self._monitor = monitor
+        self._options = {} if group is None else {"concurrency_group": group}
         self._callers: dict[Member, wire.Address] = {}
         """Stages, and where workers answer them."""
         self._unsettled: list[Member] = []
@@ -138,14 +146,15 @@ class ExpertCrew:
             FleetError: One of them died, or did not answer in time.
         """
         with self._turn:
-            calls = [stage.actor.expert_caller.remote() for stage in stages]
+            calls = [self._ask(stage.actor.expert_caller) for stage in stages]
             addresses = _results(stages, calls, deadline_s)
             self._callers |= dict(zip(stages, addresses, strict=True))
             self._connect()
             if set(self.map.device_ids) <= self.members.keys():
                 workers = self._addresses()
                 used = [
-                    stage.actor.use_experts.remote(self.map, workers, _SETTLE_S) for stage in stages
+                    self._ask(stage.actor.use_experts, self.map, workers, _SETTLE_S)
+                    for stage in stages
                 ]
                 _results(stages, used, deadline_s)
 
@@ -161,7 +170,7 @@ class ExpertCrew:
             if self.members.get(str(worker.key)) is worker:
                 del self.members[str(worker.key)]
             for stage in list(self._callers):
-                stage.actor.lose_experts.remote([address_of(worker)])
+                self._ask(stage.actor.lose_experts, [address_of(worker)])
             # Others of its node may hang as well, and are waited for by nobody here.
             self._tell_connections()
         end_for_certain(worker)
@@ -197,7 +206,7 @@ class ExpertCrew:
                 return
             stages, workers = self._unsettled, self._addresses()
             calls = [
-                stage.actor.use_experts.remote(self.map, workers, settle_s) for stage in stages
+                self._ask(stage.actor.use_experts, self.map, workers, settle_s) for stage in stages
             ]
             self._unsettled = [
                 stage
@@ -240,16 +249,20 @@ class ExpertCrew:
     def loads(self, holders: Mapping[str, int]) -> dict[int, dict[Phase, LoadSummary]]:
         """Return what stages have counted, by what `holders` says of their devices."""
         stages = self._stages(holders)
-        calls = [stage.actor.expert_loads.remote() for stage in stages.values()]
+        calls = [self._ask(stage.actor.expert_loads) for stage in stages.values()]
         results = _results(list(stages.values()), calls, time.monotonic() + _CALL_TIMEOUT_S)
         return dict(zip(stages, results, strict=True))
 
     def steps(self, holders: Mapping[str, int]) -> dict[int, Steps]:
         """Return the rows of each step since the last time, as `loads` does."""
         stages = self._stages(holders)
-        calls = [stage.actor.expert_steps.remote() for stage in stages.values()]
+        calls = [self._ask(stage.actor.expert_steps) for stage in stages.values()]
         results = _results(list(stages.values()), calls, time.monotonic() + _CALL_TIMEOUT_S)
         return dict(zip(stages, results, strict=True))
+
+    def _ask(self, method: Any, *arguments: Any) -> Any:
+        """Call a method of one who uses the experts; returns the call."""
+        return method.options(**self._options).remote(*arguments)
 
     def _stages(self, holders: Mapping[str, int]) -> dict[int, Member]:
         return {holders[str(s.key)]: s for s in list(self._callers) if str(s.key) in holders}

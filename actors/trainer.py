@@ -293,9 +293,8 @@ def _gradient_of(task: SlotTask, gradient: torch.Tensor | None) -> Outputs:
     return {} if gradient is None else {("gradient", task.first_layer): gradient}
 
 
-_GROUPS = {"slots": 1, "weights": 1, "feed": 1, "control": 2}
-_OTHERS = 4
-"""Calls that are of no group, at once: those of experts wait for each other."""
-DeviceActor = ray.remote(concurrency_groups=_GROUPS, max_concurrency=_OTHERS)(  # type: ignore[call-overload]
-    DeviceWorker
-)
+EXPERT_GROUP = "experts"
+"""Of the calls of `ExpertUser`, some of which wait for each other. Not by more threads for what is of
+no group: with those, Ray 2.60 was seen to leave slots without their inputs."""
+_GROUPS = {"slots": 1, "weights": 1, "feed": 1, "control": 2, EXPERT_GROUP: 4}
+DeviceActor = ray.remote(concurrency_groups=_GROUPS)(DeviceWorker)  # type: ignore[call-overload]

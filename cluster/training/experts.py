@@ -20,7 +20,7 @@ from actors.expert_crew import ExpertCrew
 from actors.experts_shell import ExpertHooks, ExpertShellSettings, ExpertsShell
 from actors.hosting import FleetError, Host, end_for_certain
 from actors.losses import Member, cause_of
-from actors.trainer import ExpertPlace
+from actors.trainer import EXPERT_GROUP, ExpertPlace
 from cluster.expert_shards import crew_spec, rebalance_settings
 from cluster.profile import LOCAL
 from cluster.training.errors import TrainingError
@@ -69,7 +69,9 @@ class TrainingExperts:
             is_frozen=True,
             longest_s=_ANSWER_TIMEOUT_S,
         )
-        self._crew = ExpertCrew(spec, self._hosts, self._keys, self._inbox.address)
+        self._crew = ExpertCrew(
+            spec, self._hosts, self._keys, self._inbox.address, group=EXPERT_GROUP
+        )
         self._shell = ExpertsShell(
             self._crew,
             ExpertRebalancer(spec.map, rebalance_settings(config, profile, shards)),
