@@ -294,7 +294,7 @@ def _gradient_of(task: SlotTask, gradient: torch.Tensor | None) -> Outputs:
 
 
 EXPERT_GROUP = "experts"
-"""Of the calls of `ExpertUser`, some of which wait for each other. With more threads for what is of no
-group instead, Ray 2.60 was seen to leave slots without their inputs."""
+"""Of the calls of `ExpertUser`, some of which wait for each other. With more threads for what is of
+no group instead, Ray 2.60 was seen to leave slots without their inputs."""
 _GROUPS = {"slots": 1, "weights": 1, "feed": 1, "control": 2, EXPERT_GROUP: 4}
 DeviceActor = ray.remote(concurrency_groups=_GROUPS)(DeviceWorker)  # type: ignore[call-overload]
