@@ -209,9 +209,10 @@ class ExpertsShell:
 
     def _lose(self, worker: Member, reason: str) -> None:
         device_id = str(worker.key)
-        self._lost_s[device_id] = time.monotonic()
         _log.error("%s", reason)
-        self._hooks.on_interrupted(reason)
+        if device_id in self._crew.map.device_ids:  # and not drained, or new
+            self._lost_s[device_id] = time.monotonic()
+            self._hooks.on_interrupted(reason)
         self._crew.lose(worker)
         self._handle(ExpertDeviceLost(device_id=device_id, reason=reason))
         self._start_again(device_id)
