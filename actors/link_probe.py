@@ -39,10 +39,12 @@ class LinkProbeWorker:
         return time_link(inbox, outbox, timeout_s, effort)
 
     def stop(self) -> None:
-        """Close the sockets. Safe to call twice."""
+        """Close the sockets, and remove what killed processes of the node have left: maybe no
+        stage comes after them that would. Safe to call twice."""
         if self._inbox is not None:
             self._inbox.close()
             self._inbox = None
+        wire.sweep()
 
     def _ends(self, peer: wire.Address) -> tuple[wire.Inbox, wire.Outbox]:
         assert self._inbox is not None

@@ -52,7 +52,7 @@ _SEND_TIMEOUT_S = 10.0
 _QUEUED_MESSAGES = 10_000
 _FOLDER_PREFIX = "motley-"
 _SOCKET_NAME = "inbox"
-_SWEEP_AFTER_S = 60.0
+_SWEEP_AFTER_S = 20.0
 """A younger folder may be about to be listened in."""
 
 Parts = Sequence[bytes | memoryview]
