@@ -86,7 +86,8 @@ class Patience:
     answer_s: float = 10.0
     """For a node's answer; longer than its slowest layer takes."""
     reroute_s: float = 30.0
-    """For another map after a failure; 0 fails the step at once."""
+    """For another map after a failure that one may help against, and for the first one; 0 fails the
+    step at once."""
 
 
 class _Awaited(NamedTuple):

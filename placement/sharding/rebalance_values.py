@@ -120,8 +120,9 @@ class UseMap:
     map: ExpertMap
     reason: str
     is_recovery: bool = False
-    """Some experts may still be on their way: they are asked for once it is in force, and rows for
-    them wait."""
+    """Devices of the map before are gone, so no step goes on by it: who brings this one into force
+    may give up what only maps before need. What devices have not read by then is asked for once it
+    is in force, and rows for it wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
