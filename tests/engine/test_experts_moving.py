@@ -44,7 +44,8 @@ FRACTIONS = {1: (1.0,), 2: (0.75, 0.5), 4: (0.5, 0.375, 0.25, 0.25)}
 """Slots a layer of each device, as a share of the experts: on several, some have replicas."""
 EXPERT_BYTES, STEP_BYTES, STAGING_SLOTS = 100, 150, 2
 EVERY_CALLS = 2
-NUM_ROUNDS = 10
+NUM_ROUNDS = 40
+"""Of five prompts each: 200 requests."""
 
 
 class Moving:
